@@ -1,0 +1,61 @@
+"""Shared by all tests: the repository on the import path, no trace in the user's cache folder, one small toy set."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory):
+    """The label-scan cache goes to a temporary folder; scripts that tests start inherit it."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory):
+    """Toy scenes: 6 for training, 2 for validation, 3 for testing."""
+    import common
+    root = tmp_path_factory.mktemp("toy") / "toy"
+    common.write_toy(str(root), seed=0, counts=(6, 2, 3))
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, toy_root):
+    """A folder with toy/, the toy scenes at half their size, and pretrained.pt, made from them with pretrain.py."""
+    import numpy as np
+    from PIL import Image
+    from runner import run_ok
+    folder = tmp_path_factory.mktemp("small")
+    for path in Path(toy_root).rglob("*.png"):
+        to = folder / "toy" / path.relative_to(toy_root)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.array(Image.open(path))[::2, ::2]).save(to)
+    run_ok("pretrain.py", "--root", folder / "toy", "--epochs", 2, "--batch-size", 2, "--crop", 32, 48, folder=folder)
+    predict_every_class(folder / "pretrained.pt")
+    return folder
+
+
+def predict_every_class(path):
+    """Two epochs teach one class: give a checkpoint a random last layer that predicts all of them, with some doubt."""
+    import torch
+    import common
+    f, checkpoint = common.load_checkpoint(path)
+    scenes = common.Scenes(checkpoint["data"], checkpoint["root"], "train")
+    with torch.no_grad():
+        x = torch.cat([f.features(common.to_input(scenes[i]["image"][None])) for i in range(len(scenes))])
+        weight = torch.randn(f.num_classes, x.shape[1], generator=torch.Generator().manual_seed(0))
+        mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)) + 1e-6
+        weight *= 2 / (std * x.shape[1]**0.5)
+        checkpoint["model"]["classifier.weight"] = weight[:, :, None, None]
+        checkpoint["model"]["classifier.bias"] = -weight @ mean
+    torch.save(checkpoint, path)

@@ -1,0 +1,370 @@
+"""The four scripts, run as a user runs them, on tiny toy scenes; numbers against scikit-learn, errors as one line."""
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
+
+import common
+from conftest import predict_every_class
+from runner import REPO, finish, run, run_ok, run_ranks, start, wait_for
+
+SCRIPTS = ("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py")
+LABEL_OF_ID = {1: 0, 2: 1, 3: 2, 4: 255, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9, 12: 10, 13: 11, 14: 254}
+CAR, SIGN = 9, 11
+
+
+def python(*args, folder):
+    """A plain process: exit 0, and nothing at all on stderr."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not done.stderr, f"{args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def reference(ckpt, root, score="msp", ignored=()):
+    """(pooled, per-image mean, mIoU), in percent, of a checkpoint on the test split: float64, scikit-learn."""
+    f, _ = common.load_checkpoint(ckpt)
+    every, labels, predictions = [], [], []
+    for path in sorted(Path(root, "test/images").rglob("*.png")):
+        ids = np.array(Image.open(str(path).replace("images", "annotations")))
+        Z = np.vectorize(LABEL_OF_ID.get)(ids)
+        X = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            z = f(X.contiguous(memory_format=torch.channels_last))[0].numpy().astype(np.float64)
+        e = np.sort(np.exp(z - z.max(0)), 0)
+        S = np.exp(z - z.max(0)) / e.sum(0)
+        value = dict(msp=np.log(e[:-1].sum(0) / e.sum(0)), entropy=-(S * np.log(S)).sum(0), maxlogit=-z.max(0),
+                     energy=-np.log(np.exp(z).sum(0)))[score]
+        keep = ~np.isin(Z, ignored)
+        every.append((Z[keep] == 254, value[keep]))
+        labels.append(Z[Z < 12])
+        predictions.append(z.argmax(0)[Z < 12])
+
+    def metrics(positive, value):
+        fpr, recall, _ = roc_curve(positive, value, drop_intermediate=False)
+        nearest = np.abs(recall - 0.95).min()
+        return 100 * np.array([average_precision_score(positive, value), roc_auc_score(positive, value),
+                               fpr[np.isclose(np.abs(recall - 0.95), nearest, atol=1e-12)].max(), fpr[recall >= 0.95][0]])
+    labels, predictions = np.concatenate(labels), np.concatenate(predictions)
+    iou = jaccard_score(labels, predictions, labels=np.unique(labels), average=None, zero_division=0)
+    return (metrics(*(np.concatenate(v) for v in zip(*every))), np.mean([metrics(*v) for v in every if v[0].any()], 0),
+            100 * iou.mean())
+
+
+def agrees(row, *expected):
+    pooled, per_image, miou = expected
+    for mine, theirs in ((row["pooled"], pooled), (row["per_image"], per_image)):
+        assert list(mine) == ["aupr", "auroc", "fpr95", "fpr95_first"]
+        np.testing.assert_allclose(list(mine.values()), theirs, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(row["miou"], miou, atol=1e-3, rtol=0)
+
+
+def is_figure(path, least=10_000):
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"))
+    return path.stat().st_size > least and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, small):
+    """The four commands in one folder, with their default file names, each in a plain Python process."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96, folder=folder)]
+    predict_every_class(folder / "pretrained.pt")
+    said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--max-steps", 5, folder=folder))
+    said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
+    said.append(python(REPO / "evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit", "energy", "dropout",
+                       "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder))
+    return folder, said
+
+
+def test_pipeline_writes_its_files(pipeline, small):
+    folder, said = pipeline
+    for name, steps in (("pretrained", 2), ("ft", 2)):   # 6 // 4 steps in 2 epochs; the samples // 4 in 1
+        log = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        losses = [v for v in log if "loss" in v]
+        assert [v["step"] for v in losses] == list(range(1, len(losses) + 1)) and len(losses) >= steps
+        assert all(v["loss"] > 0 and np.isfinite(v["loss"]) for v in losses)
+        assert is_figure(folder / f"{name}.png")
+        checkpoint = torch.load(folder / f"{name}.pt", weights_only=True)
+        assert checkpoint["epoch"] == checkpoint["settings"]["epochs"] and len(checkpoint["classes"]) == 12
+    assert [v["epoch"] for v in map(json.loads, (folder / "pretrained.jsonl").read_text().splitlines()) if "miou" in v] == [1, 2]
+
+    manifest = json.loads((folder / "aux/manifest.json").read_text())
+    names = sorted(p.name for p in (folder / "aux").glob("*.npz"))
+    assert names == sorted(manifest["samples"]) and len(names) >= 8
+    for name in names:
+        with np.load(folder / "aux" / name, allow_pickle=False) as sample:
+            sample = dict(sample)
+        X = np.array(Image.open(small / "toy" / str(sample["source"])))
+        ids = np.array(Image.open(str(small / "toy" / str(sample["source"])).replace("images", "annotations")))
+        I = sample["label"] == sample["y"]
+        assert np.array_equal(sample["label"], np.vectorize(LABEL_OF_ID.get)(ids)) and I.sum() >= 64
+        assert np.array_equal(sample["image"][~I], X[~I]), "a pixel outside I_ỹ moved"
+        assert not sample["unknown"][~I].any() and 1 <= len(sample["history"]) <= 6
+        assert np.abs(sample["image"].astype(int) - X).max() <= len(sample["history"]) - 1, "more than a grey level a step"
+    assert all(is_figure(p) for p in (folder / "aux/sheets").glob("*.png"))
+    assert len(list((folder / "aux/sheets").glob("*.png"))) == len({n[:2] for n in names}) + 1
+    assert all(is_figure(folder / "results" / f"{n}.png") for n in ("panels", "threshold", "curves"))
+    assert not [p for p in folder.rglob(".*")], "a temporary file was left"
+
+
+def test_manifest_is_what_the_files_hold(pipeline):
+    """Flip rate and confidence recomputed from the stored 8-bit images."""
+    folder, _ = pipeline
+    f, _ = common.load_checkpoint(folder / "pretrained.pt")
+    correct = flipped = 0
+    confidence, left = [], 0
+    for path in (folder / "aux").glob("*.npz"):
+        with np.load(path, allow_pickle=False) as sample:
+            S = f(torch.from_numpy(sample["image"]).permute(2, 0, 1)[None] / 255).detach().softmax(1)[0].numpy()
+            correct += int(sample["history"][0])
+            left += int(sample["history"][-1])
+            flipped += int((S.argmax(0) != sample["y"])[sample["unknown"]].sum())
+            confidence.append(S.max(0)[sample["unknown"]])
+    figures = json.loads((folder / "aux/manifest.json").read_text())["figures"]["all"]
+    assert flipped > 100 and left > 0, "the test needs flips, and samples that end at the cap"
+    assert figures["correct_pixels"] == correct and figures["unflipped_pixels"] == left
+    assert figures["flip_rate"] == pytest.approx(100 * flipped / correct, abs=0.01)
+    assert figures["mean_max_softmax"] == pytest.approx(np.concatenate(confidence).mean(), abs=2e-4)
+
+
+def test_evaluate_agrees_with_sklearn(pipeline, small):
+    folder, said = pipeline
+    results = json.loads((folder / "results/results.json").read_text())
+    rows = {(r["model"], r["score"]): r for r in results["rows"]}
+    assert len(rows) == 12
+    for model in ("ft", "pretrained"):
+        for score in ("msp", "entropy", "maxlogit", "energy"):
+            agrees(rows[model, score], *reference(folder / f"{model}.pt", small / "toy", score))
+    agrees(results, *reference(folder / "ft.pt", small / "toy"))   # the first row is also at the top
+    assert {"protocol", "pooled", "per_image", "miou", "iou", "pixel_accuracy"} <= results.keys()
+    protocol = results["protocol"]
+    anomalous = sum((np.array(Image.open(p)) == 14).sum() for p in (small / "toy/test/annotations").rglob("*.png"))
+    assert protocol["images"] == 3 and protocol["pixels"] == 3 * 54 * 96 and protocol["ignored_pixels"] == 0
+    assert protocol["base_rate"] == pytest.approx(100 * anomalous / (3 * 54 * 96), abs=1e-4)
+    assert f"{rows['ft', 'msp']['pooled']['aupr']:.2f}" in said[3] and "3 images that hold both" in said[3]
+
+
+def test_evaluate_leaves_out_pixels(pipeline, small, tmp_path):
+    run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--unlabeled", "ignore", "--ignore-classes", "car", "--panels", 0, folder=tmp_path)
+    results = json.loads((tmp_path / "results/results.json").read_text())
+    agrees(results, *reference(pipeline[0] / "ft.pt", small / "toy", ignored=(0, 255, CAR)))
+    assert results["protocol"]["ignored_classes"] == ["car"] and not (tmp_path / "results/panels.png").exists()
+
+
+def test_evaluate_is_the_same_for_any_batch_and_number_of_processes(pipeline, tmp_path):
+    """torchrun with two processes, and batches of 1 and 7: the same bytes."""
+    args = ("--ckpt", pipeline[0] / "ft.pt", "--score", "msp", "energy", "--panels", 0)
+    found = []
+    for size in (1, 7):
+        run_ok("evaluate.py", *args, "--batch-size", size, "--out", f"b{size}", folder=tmp_path)
+        found.append((tmp_path / f"b{size}/results.json").read_bytes())
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / "evaluate.py",
+                           *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found.append((tmp_path / "results/results.json").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
+def test_ensemble_is_the_mean_softmax(pipeline, small, tmp_path):
+    folder, _ = pipeline
+    run_ok("evaluate.py", "--ckpt", folder / "ft.pt", folder / "pretrained.pt", "--panels", 0, folder=tmp_path)
+    mine = json.loads((tmp_path / "results/results.json").read_text())
+    fs = [common.load_checkpoint(folder / f"{n}.pt")[0] for n in ("ft", "pretrained")]
+    positive, value = [], []
+    for path in (small / "toy/test/images").rglob("*.png"):
+        positive.append(np.array(Image.open(str(path).replace("images", "annotations"))).ravel() == 14)
+        X = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            value.append(-sum(f(X).double().softmax(1) for f in fs)[0].max(0).values.numpy().ravel())
+    assert mine["pooled"]["aupr"] == pytest.approx(100 * average_precision_score(np.concatenate(positive), np.concatenate(value)), abs=1e-3)
+    assert mine["rows"][0]["model"] == "ft+pretrained"
+
+
+def test_photographs(pipeline, tmp_path):
+    """Photographs without labels, larger than --max-side and not a multiple of the stride; a turned one; a folder."""
+    photo = Image.fromarray(load_sample_images().images[0]).resize((301, 203))
+    (tmp_path / "photos").mkdir()
+    photo.save(tmp_path / "photos/temple.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6   # turned by 90 degrees
+    photo.save(tmp_path / "photos/turned.JPG", exif=exif)
+    done = run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--images", "photos", "--max-side", 200, folder=tmp_path)
+    assert "301×203" in done.out and "203×301" in done.out
+    for name, size in (("temple", (301, 203)), ("turned", (203, 301))):
+        for kind in ("anomaly", "classes"):
+            assert Image.open(tmp_path / f"results/{name}_{kind}.png").size == size
+            assert is_figure(tmp_path / f"results/{name}_{kind}.png")
+        score = np.load(tmp_path / f"results/{name}_score.npy", allow_pickle=False)
+        assert score.shape == size[::-1] and np.isfinite(score).all() and score.max() <= np.log(1 - 1 / 12) + 1e-6
+
+
+def test_known_unknown(small, tmp_path):
+    """The pilot study: D_s from two classes, which evaluate.py then leaves out by itself."""
+    ckpt = small / "pretrained.pt"
+    run_ok("finetune.py", "--ckpt", ckpt, "--known-unknown", "car", "traffic sign", "--epochs", 1, "--batch-size", 2, folder=tmp_path)
+    run_ok("evaluate.py", "--panels", 0, folder=tmp_path)
+    results = json.loads((tmp_path / "results/results.json").read_text())
+    assert results["protocol"]["ignored_classes"] == ["car", "traffic sign"]
+    agrees(results, *reference(tmp_path / "ft.pt", small / "toy", ignored=(CAR, SIGN)))
+    first = json.loads((tmp_path / "ft.jsonl").read_text().splitlines()[0])
+    assert first["loss"] > 0
+
+
+def test_pspnet(small, tmp_path):
+    run_ok("pretrain.py", "--root", small / "toy", "--arch", "pspnet", "--epochs", 1, "--batch-size", 2, "--crop", 32, 48, folder=tmp_path)
+    run_ok("mgu_generate.py", "--per-class", 1, "--max-steps", 1, folder=tmp_path)
+    checkpoint = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    assert checkpoint["arch"] == "pspnet" and any("branches" in k for k in checkpoint["model"])
+    assert len(list((tmp_path / "aux").glob("*.npz"))) >= 8
+
+
+# ───────────────────────── the auxiliary set: processes, interruptions, settings ─────────────────────────
+
+MGU = ("--per-class", 2, "--max-steps", 6, "--batch-size", 3)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.suffix in (".npz", ".json")}
+
+
+@pytest.fixture(scope="module")
+def aux(tmp_path_factory, small):
+    folder = tmp_path_factory.mktemp("mgu")
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=folder)
+    return folder / "aux"
+
+
+def test_mgu_is_the_same_for_two_processes(aux, small, tmp_path):
+    run_ranks("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path)
+    assert contents(tmp_path / "aux") == contents(aux)
+
+
+def test_mgu_killed_and_continued(aux, small, tmp_path):
+    """SIGKILL after 0, 3, 8 … samples, at no particular point of the work: the finished set has the same bytes."""
+    rng, kills = np.random.default_rng(), 0
+    for count in (0, 3, 8, 14):
+        p = start("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path)
+        if wait_for(lambda: len(list((tmp_path / "aux").glob("*.npz"))) >= count and (tmp_path / "aux/manifest.json").exists(), p):
+            p.join(rng.uniform(0, 0.15))
+        kills += p.exitcode is None
+        p.kill()
+        p.join()
+        whole = contents(tmp_path / "aux")
+        assert all(whole[n] == contents(aux)[n] for n in whole if n.endswith(".npz")), "a half-written sample"
+    assert kills >= 3
+    done = run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path)
+    assert "samples are there; making the rest" in done.out
+    assert contents(tmp_path / "aux") == contents(aux)
+    assert not list((tmp_path / "aux").glob(".*"))
+
+
+def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
+    shutil.copytree(aux, tmp_path / "aux")
+    before = contents(tmp_path / "aux")
+    for flags, said in ((("--seed", 1), "seed 0, this run has 1"), (("--step-size", 2), "step-size 1.0, this run has 2.0")):
+        one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, *flags, folder=tmp_path), said, "--restart")
+    assert contents(tmp_path / "aux") == before
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU[:-2], "--max-steps", 1, "--restart", folder=tmp_path)
+    assert max(len(np.load(p)["history"]) for p in (tmp_path / "aux").glob("*.npz")) == 2
+
+
+# ─────────────────────────────────────────── flags and mistakes ───────────────────────────────────────────
+
+def one_line(done, *parts):
+    """Exit status 1 and one error on stderr that names `parts`; further lines only as its indented continuation."""
+    text = done.err.splitlines()
+    assert done.code == 1 and text and text[0].startswith("error: ") and all(t.startswith("    ") for t in text[1:]), done.err
+    for part in parts:
+        assert str(part) in done.err, done.err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, tmp_path):
+    source = (REPO / script).read_text()
+    if "training_flags" in source:
+        source += re.search(r"def training_flags.*?\n\n\n", (REPO / "common.py").read_text(), re.S)[0]
+    flags = re.findall(r'add_argument\("(--[a-z-]+)"', source)
+    done = run_ok(script, "--help", folder=tmp_path, COLUMNS="400")
+    assert len(flags) >= 10 and len(flags) == len(set(flags))
+    for flag in flags:
+        told = re.search(rf"^ +{flag}\b.*$", done.out, re.M)
+        assert told, f"{flag} is not in the help"
+        has_value = re.match(rf" +{flag} [A-Z{{\[η]", told[0])
+        assert not has_value or flag == "--images" or re.search(r"default|ours|paper", told[0]), f"no default is told: {told[0]}"
+    # wrong flags and values: argparse's status and usage
+    for wrong in (("--no-such-flag",), ("--seed", "-1"), ("--batch-size", "0"), ("--batch-size", "many"), ("--seed", "0.5")):
+        done = run(script, *wrong, folder=tmp_path)
+        assert done.code == 2 and "usage:" in done.err and wrong[0] in done.err and "Traceback" not in done.err
+
+
+def test_values_out_of_range(tmp_path):
+    for script, *wrong in (("finetune.py", "--alpha", "-0.1"), ("finetune.py", "--alpha", "nan"), ("finetune.py", "--lr", "0"),
+                           ("mgu_generate.py", "--step-size", "inf"), ("mgu_generate.py", "--step", "cube"), ("pretrain.py", "--data", "kitti"),
+                           ("pretrain.py", "--crop", "64"), ("evaluate.py", "--score", "magic")):
+        done = run(script, *wrong, folder=tmp_path)
+        assert done.code == 2 and wrong[0] in done.err and "Traceback" not in done.err, done.err
+
+
+def test_mistakes_are_one_line(aux, small, tmp_path):
+    root, ckpt = small / "toy", small / "pretrained.pt"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:100_000])
+    checkpoint = torch.load(ckpt, weights_only=True)
+    torch.save(dict(checkpoint, format=2), tmp_path / "newer.pt")
+    torch.save(dict(checkpoint, classes=checkpoint["classes"][:5]), tmp_path / "fewer.pt")
+    torch.save({k: v for k, v in dict(checkpoint, seed=1).items() if k != "optimiser"}, tmp_path / "other.pt")
+    torch.save(checkpoint["model"], tmp_path / "model.pt")
+    shutil.copytree(aux, tmp_path / "gap")
+    next((tmp_path / "gap").glob("*.npz")).unlink()
+    shutil.copytree(aux, tmp_path / "torn")
+    torn = sorted((tmp_path / "torn").glob("*.npz"))
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:-200])
+    (tmp_path / "bad.jpg").write_bytes(b"no photograph")
+    tiny = ("--root", root, "--epochs", 1, "--batch-size", 2, "--crop", 32, 48)
+    tune = ("finetune.py", "--ckpt", ckpt, "--epochs", 1, "--batch-size", 2)
+    for script, *args, part in (
+            ("pretrain.py", "--data", "streethazards", "--root", "nowhere", "no such folder"),
+            ("pretrain.py", "--data", "bdd", "--root", "empty", "labels/sem_seg/masks"),
+            ("pretrain.py", *tiny, "--weights", "nowhere.pth", "nowhere.pth"),
+            ("pretrain.py", *tiny, "--weights", ckpt, "mobilenet_v3_large"),
+            ("pretrain.py", *tiny, "--anomaly", "car", "--anomaly"),
+            ("pretrain.py", *tiny, "--out", "file/p.pt", "file"),
+            ("mgu_generate.py", "--ckpt", "nowhere.pt", "nowhere.pt: no such file"),
+            ("mgu_generate.py", "--ckpt", "text.pt", "text.pt"),
+            ("mgu_generate.py", "--ckpt", "cut.pt", "cut.pt"),
+            ("mgu_generate.py", "--ckpt", "newer.pt", "format 2"),
+            ("mgu_generate.py", "--ckpt", "fewer.pt", "5 classes"),
+            ("mgu_generate.py", "--ckpt", "model.pt", "model.pt: not a checkpoint"),
+            ("mgu_generate.py", "--ckpt", ckpt, "--root", "empty", "empty"),
+            ("mgu_generate.py", "--ckpt", ckpt, "--out", "file", "file"),
+            ("mgu_generate.py", "--ckpt", ckpt, "--step-size", "0.5", "whole grey levels"),
+            (*tune, "--aux", "nowhere", "nowhere/manifest.json"),
+            (*tune, "--aux", "gap", "missing"),
+            (*tune, "--aux", "torn", "not an auxiliary sample"),
+            ("finetune.py", "--ckpt", "other.pt", "--aux", aux, "another checkpoint"),
+            (*tune, "--known-unknown", "zebra", "--known-unknown zebra"),
+            (*tune, "--aux", aux, "--out", "file/ft.pt", "file"),
+            ("evaluate.py", "ft.pt: no such file"),
+            ("evaluate.py", "--ckpt", ckpt, "--baseline", "nowhere.pt", "nowhere.pt"),
+            ("evaluate.py", "--ckpt", ckpt, "--baseline", ckpt, "its name is taken"),
+            ("evaluate.py", "--ckpt", ckpt, "--data", "camvid", "--root", "empty", "empty"),
+            ("evaluate.py", "--ckpt", ckpt, "--ignore-classes", "zebra", "--ignore-classes zebra"),
+            ("evaluate.py", "--ckpt", ckpt, "--images", "bad.jpg", "bad.jpg"),
+            ("evaluate.py", "--ckpt", ckpt, "--images", "empty", "empty"),
+            ("evaluate.py", "--ckpt", ckpt, "--panels", "nope.png", "nope.png"),
+            ("evaluate.py", "--ckpt", ckpt, "--out", "file", "file")):
+        one_line(run(script, *args, folder=tmp_path), part)
