@@ -120,7 +120,7 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
         for (dy, dx), k in zip(offsets, kernels):
             here, there = overlap(dy, dx)
             message[here] += k * Q[there]
-        log_Q = torch.log_softmax(log_S + compat * message / norm, 1)
+        log_Q = torch.log_softmax(log_S + compat * message / norm.clamp(min=1e-12), 1)
         Q = log_Q.exp()
     return log_Q
 
@@ -174,7 +174,7 @@ class Tally:
         self.images = {k: v for part in common.gather(self.images) for k, v in part.items()}
         for histogram in self.histograms.values():
             for state in common.gather_first(histogram.state)[1:]:
-                histogram.merge(common.ScoreHistogram.from_state(state))
+                histogram.merge(state)
 
 
 def figures(tally, name, order):
@@ -276,7 +276,8 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
         low, high = (float(np.percentile(np.concatenate([m.ravel() for m in maps.values()]), q)) for q in (1, 99))
     H, W = scenes[chosen[0]]["label"].shape
     fig, axes = plt.subplots(len(chosen), 2 + len(models), squeeze=False, layout="constrained",
-                             figsize=(3 * (2 + len(models)), 3 * H / W * len(chosen) + 0.4))
+                             figsize=(3 * (2 + len(models)) + 0.8, 3 * H / W * len(chosen) + 0.3))
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for row, i in zip(axes, chosen):
         item = scenes[i]
         row[0].imshow(item["image"].permute(1, 2, 0))
@@ -287,7 +288,7 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
         cell.set_title(title, fontsize=9)
     for cell in axes.flat:
         cell.axis("off")
-    fig.colorbar(shown, ax=axes[:, -1], label="1 − max softmax" if high == 1 - 1 / N else name, fraction=0.05)
+    fig.colorbar(shown, ax=axes, label="1 − max softmax" if high == 1 - 1 / N else name, fraction=0.03, pad=0.01)
     save_figure(fig, path)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -19,13 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import mgu_generate
-
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}   # dense bf16, vendors' data sheets
 
 
 def synchronise(device):
@@ -33,19 +31,107 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
-def flops(run):
-    """Floating-point operations of run(), 2 per multiply-add, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+# ───────────────────────────────────────────────── metrics ─────────────────────────────────────────────────
+
+FRAME = (720, 1280)
 
 
-def share_of_peak(tflops, device):
-    if device.type != "cuda":
-        return ""
-    name = torch.cuda.get_device_name(device)
-    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
-    return f", {100 * tflops / peak:.1f} % of {peak} TFLOP/s (dense bf16)" if peak else f" (peak of {name} not listed)"
+def metric_frames(n, shape=FRAME):
+    """n frames (float32 scores, bool labels with 1.5 % positive), drawn once and then only transformed,
+    so that generation stays cheap next to the metrics: a new scale, offset and label position each."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(shape, np.float32)
+    label = rng.random(shape) < 0.015
+    for _ in range(n):
+        scores = base * np.float32(rng.uniform(0.8, 1.2))
+        positive = np.roll(label.ravel(), rng.integers(label.size)).reshape(shape)
+        scores[positive] += np.float32(1.5)
+        scores += np.float32(rng.normal(0, 0.2))
+        yield scores, positive
+
+
+def memory(peak=True):
+    """MiB of this process. VmHWM, not ru_maxrss: the latter starts at the size of the parent process."""
+    field = "VmHWM" if peak else "VmRSS"
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(field))
+
+
+def run_ours(n, per_image, shape=FRAME):
+    imported, spent, generated, images = memory(False), 0.0, 0.0, []
+    clock, histogram = time.perf_counter(), common.ScoreHistogram()
+    for scores, positive in metric_frames(n, shape):
+        start = time.perf_counter()
+        generated += start - clock
+        parts = common.sort_by_class(scores, positive)
+        if per_image:
+            images.append(common.image_metrics(*parts))
+        histogram.add(*parts)
+        clock = time.perf_counter()
+        spent += clock - start
+    start = time.perf_counter()
+    metrics = histogram.metrics()
+    spent += time.perf_counter() - start
+    return dict(metrics=metrics, seconds=spent, generation=generated, peak=memory(),
+                above=memory() - imported, level=histogram.level)
+
+
+def run_sklearn(n, shape=FRAME):
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+    imported, clock = memory(False), time.perf_counter()
+    scores, positive = np.empty((n, *shape), np.float32), np.empty((n, *shape), bool)
+    for i, (s, p) in enumerate(metric_frames(n, shape)):
+        scores[i], positive[i] = s, p
+    scores, positive = scores.reshape(-1), positive.reshape(-1)
+    start = time.perf_counter()
+    ap = average_precision_score(positive, scores)
+    area = roc_auc_score(positive, scores)
+    fpr, tpr, _ = roc_curve(positive, scores)
+    first = fpr[np.argmax(tpr >= 0.95)]
+    return dict(metrics=dict(aupr=100 * ap, auroc=100 * area, fpr95_first=100 * first),
+                seconds=time.perf_counter() - start, generation=start - clock, peak=memory(),
+                above=memory() - imported)
+
+
+def in_fresh_process(function, *args):
+    """Peak memory is per process, so each measurement gets its own interpreter."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def bench_metrics(small=False):
+    few, many, n = (3, 12, 4) if small else (150, 1500, 54)
+    scores, positive = (a.ravel() for a in next(metric_frames(1, (180, 240))))
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        common.image_metrics(*common.sort_by_class(scores, positive))
+        times.append(1e3 * (time.perf_counter() - start))
+    print(f"one 240x180 image: {np.median(times):.2f} ms (best {min(times):.2f})")
+
+    def line(name, r):
+        print(f"{name:<34} {r['seconds']:8.2f} s  peak {r['peak']:6.0f} MiB, {r['above']:6.0f} above imports"
+              f"  (generation {r['generation']:.2f} s)", flush=True)
+
+    pixels = n * FRAME[0] * FRAME[1]
+    print(f"{n} frames of 1280x720 ({pixels / 1e6:.1f} million pixels, 1.5 % positive)")
+    both = in_fresh_process(run_ours, n, True)
+    line("  per image and pooled", both)
+    pooled = in_fresh_process(run_ours, n, False)
+    line("  pooled alone", pooled)
+    sklearn = in_fresh_process(run_sklearn, n)
+    line("  scikit-learn, pooled alone", sklearn)
+    print(f"  faster {sklearn['seconds'] / both['seconds']:.1f}x (pooled alone "
+          f"{sklearn['seconds'] / pooled['seconds']:.1f}x); memory above imports 1/"
+          f"{sklearn['above'] / both['above']:.1f}, raw peak 1/{sklearn['peak'] / both['peak']:.1f}")
+    for key, want in sklearn["metrics"].items():
+        print(f"  {key:<12} {both['metrics'][key]:.6f}  differs by {both['metrics'][key] - want:+.1e} points")
+    runs = {count: in_fresh_process(run_ours, count, True) for count in (few, many)}
+    for count, r in runs.items():
+        line(f"  {count} frames, {count * FRAME[0] * FRAME[1] / 1e6:.0f} million pixels", r)
+    change = runs[many]["peak"] / runs[few]["peak"] - 1
+    print(f"  peak memory of {many} against {few} frames: {100 * change:+.1f} %, "
+          f"{1e3 * runs[many]['seconds'] / many:.1f} ms a frame, level {runs[many]['level']}")
 
 
 # ─────────────────────────────────────────────────── mgu ───────────────────────────────────────────────────
@@ -101,10 +187,10 @@ def bench_mgu(args, device):
               f"{args.batch_size} {len(jobs) / t_fast:.2f} images/s · ratio {ratios[-1]:.2f}", flush=True)
     same = [len(fast[k][1]) == len(slow[k][1]) for k in slow]
     apart = max(float((fast[k][0].float() - slow[k][0].cpu().round()).abs().mean()) for k in slow)
-    X = common.to_input(jobs[0][1][None], device)
-    per_image = 2 * flops(lambda: folded(X))   # forward, and as much again for the gradient of the input
-    tflops = per_image * sum(len(h) for _, h in fast.values()) / t_fast / 1e12
-    print(f"  ratio engine : literal, median of {len(ratios)}: {statistics.median(ratios):.2f}×; {tflops:.3f} TFLOP/s{share_of_peak(tflops, device)}"
+    X = jobs[0][1]
+    per_image = 2 * common.forward_tflop(f, *X.shape[1:])   # forward, and as much again for the gradient of the input
+    tflops = per_image * sum(len(h) for _, h in fast.values()) / t_fast
+    print(f"  ratio engine : literal, median of {len(ratios)}: {statistics.median(ratios):.2f}×; {tflops:.3f} TFLOP/s{common.share_of_peak(tflops, device)}"
           f"\n  same number of iterations in {sum(same)} of {len(same)} images; largest mean difference of X' {apart:.4f} grey levels")
 
 
@@ -176,18 +262,17 @@ def bench_training(args, device):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         for precision in ("float32", "bf16"):
             rates[f"ours, {precision}"].append(our_loop(ours, data, batch, warm, device, precision))
-    work = 3 * flops(lambda: ours.eval()(torch.zeros(1, 3, H, W, device=device)))   # forward, gradients of inputs and of weights
+    work = 3 * common.forward_tflop(ours, H, W)   # forward, gradients of inputs and of weights
     for name, r in rates.items():
         ratio = statistics.median(a / b for a, b in zip(r, rates["plain loop, float32"]))
-        tflops = work * statistics.median(r) / 1e12
+        tflops = work * statistics.median(r)
         print(f"  {name:20} {statistics.median(r):7.1f} images/s (from {min(r):.1f} to {max(r):.1f}) · {ratio:.2f}× the plain loop · "
-              f"{tflops:.2f} TFLOP/s{share_of_peak(tflops, device)}")
+              f"{tflops:.2f} TFLOP/s{common.share_of_peak(tflops, device)}")
     if cuda:
         print(f"  peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     for arch, backbone in (("deeplabv3", "resnet50"), ("pspnet", "resnet50"), ("deeplabv3", "resnet101")):
-        with torch.device("meta"):
-            f = common.Segmenter(arch, backbone, 12).eval()
-            sizes = {size: flops(lambda: f(torch.zeros(1, 3, *size))) / 1e12 for size in ((720, 1280), (512, 512))}
+        f = common.Segmenter(arch, backbone, 12)
+        sizes = {size: common.forward_tflop(f, *size) for size in ((720, 1280), (512, 512))}
         print(f"  {arch} on {backbone}: " + "; ".join(f"{v:.3f} TFLOP forward, {3 * v:.2f} a training image at {h}×{w}" for (h, w), v in sizes.items()))
     bench_input(args)
 

@@ -5,10 +5,13 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+
+from tqdm import tqdm
 
 os.environ["OMP_NUM_THREADS"] = "1"   # the same bits in every process
 REPO = Path(__file__).resolve().parent.parent
@@ -25,6 +28,7 @@ def child(script, args, folder, env, limit):
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    tqdm.set_lock(threading.RLock())   # its usual one is a semaphore that a killed process leaves behind
     sys.argv = [script, *map(str, args)]
     sys.path.insert(0, str(REPO))
     code = 0

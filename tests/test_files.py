@@ -86,6 +86,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         assert [p.name for p in tmp_path.iterdir()] == ["ft.pt"] and path.read_bytes() == b"the old file"
 
 
+def test_a_system_error_without_a_number_is_told(tmp_path):
+    def save(path):
+        with common.replacing(path):
+            raise OSError("encoder error -2")
+    refused(save, tmp_path / "panels.png", "encoder error -2")
+
+
 def test_npz_has_the_same_bytes_at_any_time(tmp_path, monkeypatch):
     arrays = dict(image=np.random.default_rng(0).integers(0, 9, (40, 50, 3), dtype=np.uint8), y=3, source="a/ü.png")
     common.save_npz(tmp_path / "a.npz", arrays)
@@ -189,7 +196,7 @@ def test_no_code_of_a_checkpoint_runs(saved, tmp_path, archive):
     if archive:
         torch.save(bad, path)
     else:
-        path.write_bytes(pickle.dumps(bad))
+        path.write_bytes(pickle.dumps(bad, 2))
     refused(common.load_checkpoint, path, "refused")
     refused(lambda p: common.load_backbone(saved[1], str(p)), path, "refused")
     assert not marker.exists()
@@ -286,7 +293,7 @@ def test_damaged_sample(tmp_path):
     path = tmp_path / "a.npz"
     common.save_npz(path, sample())
     data, rng, refusals = path.read_bytes(), np.random.default_rng(2), 0
-    for k in range(600):
+    for k in range(400):
         damaged = bytearray(data)
         if k % 3 == 0:
             damaged = damaged[:rng.integers(len(data))]
@@ -301,7 +308,7 @@ def test_damaged_sample(tmp_path):
             refusals += 1
         else:
             assert all((got[key] == v).all() for key, v in sample().items() if key in got)
-    assert refusals > 500
+    assert refusals > 340
 
 
 def test_no_code_of_a_sample_runs(tmp_path):
