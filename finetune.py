@@ -40,7 +40,7 @@ def parse():
     g = p.add_argument_group("objective (Eq. 5)")
     g.add_argument("--loss", choices=("er", "kl"), help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best)")
     g.add_argument("--alpha", type=common.real(0), help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A)")
-    common.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet; toy: 6)")
+    common.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)")
     return p.parse_args()
 
 

@@ -33,7 +33,7 @@ def parse():
     g.add_argument("--arch", choices=common.ARCHS, help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A)")
     g.add_argument("--backbone", choices=tuple(common.BACKBONES), help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
     g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; toy, camvid: none)")
-    common.training_flags(p, "passes over the training images (paper: 1000; toy: 16, camvid: 40)")
+    common.training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)")
     p.add_argument("--val-every", type=common.whole(), help="epochs between validations (default: a fiftieth of --epochs)")
     p.add_argument("--out", default="pretrained.pt", help="checkpoint to write (default: pretrained.pt)")
     return p.parse_args()

@@ -178,7 +178,7 @@ def bench_mgu(args, device):
         slow = {k: literal_mgu(literal, X.to(device).float(), I.to(device), y, "sign", 1.0, cap) for k, X, I, y in jobs}
         synchronise(device)
         t_slow, begun = time.perf_counter() - begun, time.perf_counter()
-        fast = {k: (X, history) for k, X, _, history in mgu_generate.mgu(folded, jobs, args.batch_size, "sign", 1.0, cap, device)}
+        fast = {k: (X, history) for k, X, _, history in mgu_generate.mgu(folded, jobs, args.batch_size, "sign", 1.0, 0, cap, device)}
         synchronise(device)
         t_fast = time.perf_counter() - begun
         ratios.append(t_slow / t_fast)
@@ -308,7 +308,7 @@ def main():
     p.add_argument("--ckpt", help="mgu: checkpoint of pretrain.py (default: random weights)")
     p.add_argument("--root", help="mgu: folder of its dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=int, default=2, help="mgu: images of each class (default: 2)")
-    p.add_argument("--max-steps", type=int, default=300, help="mgu: iteration cap (default: 300)")
+    p.add_argument("--max-steps", type=int, default=80, help="mgu: iteration cap (default: 80)")
     p.add_argument("--batch-size", type=int, default=8, help="mgu: images at once (default: 8)")
     p.add_argument("--backbone", choices=tuple(common.BACKBONES), help="training (default: resnet50 on CUDA, else mobilenet_v3_large)")
     p.add_argument("--crop", type=int, nargs=2, help="training: pixels (default: 512 512 on CUDA, else 180 240)")

@@ -375,8 +375,9 @@ def test_id_histograms(tmp_path):
 # ──────────────────────────────────────────────── CamVid ────────────────────────────────────────────────
 
 def drives(anomalous=10):
-    """Two drives of 10 free images and one image of 2 in `test`, and three with the anomaly, one in each folder."""
-    labels = {(("train", "test")[i % 2], f"{drive}_{i:03d}"): ids(3, 8, 11) for drive in ("0001TP", "0016E5") for i in range(10)}
+    """Drives of 10, 20 and 2 free images, over two folders, and three images with the anomaly, one in each folder."""
+    labels = {(("train", "test")[i % 2], f"{drive}_{i:03d}"): ids(3, 8, 11) for drive, n in (("0001TP", 10), ("0016E5", 20))
+              for i in range(n)}
     labels |= {("test", f"Seq05VD_{i:03d}"): ids(3, 0, 11) for i in range(2)}
     return labels | {(folder, f"0001TP_9{n}"): ids(0, anomalous) for n, folder in enumerate(common.SPLITS)}
 
@@ -386,8 +387,9 @@ def test_camvid_split(tmp_path, capsys):
     root = camvid(tmp_path, drives())
     got = {split: stems(common.split_pairs("camvid", root, split)) for split in common.SPLITS}
     assert got["test"] == ["0001TP_90", "0001TP_91", "0001TP_92"]
-    assert got["val"] == ["0001TP_009", "0016E5_009"]        # 10 − ⌈8.5⌉ of ten, 2 − ⌈1.7⌉ of two
-    assert got["train"] == sorted({name for _, name in drives()} - {*got["test"], *got["val"]}) and len(got["train"]) == 20
+    # 10 − ⌈8.5⌉ of ten, 20 − ⌈17⌉ of twenty, 2 − ⌈1.7⌉ of two
+    assert got["val"] == ["0001TP_009", "0016E5_017", "0016E5_018", "0016E5_019"]
+    assert got["train"] == sorted({name for _, name in drives()} - {*got["test"], *got["val"]}) and len(got["train"]) == 28
     item = common.Scenes("camvid", root, "test")[0]
     assert item["label"][0, :2].tolist() == [0, ANOMALY]
     item = common.Scenes("camvid", root, "train")[0]
@@ -398,7 +400,7 @@ def test_camvid_split(tmp_path, capsys):
 def test_camvid_with_another_anomaly(tmp_path):
     root = camvid(tmp_path, drives())
     scenes = common.Scenes("camvid", root, "test", ["car"])
-    assert len(scenes) == 20 and len(scenes.classes) == 10 and "bicyclist" in scenes.classes
+    assert len(scenes) == 30 and len(scenes.classes) == 10 and "bicyclist" in scenes.classes
     assert scenes[0]["label"][0, :3].tolist() == [3, ANOMALY, IGNORED]
     rest = common.Scenes("camvid", root, "train", ["car"])
     bicyclists = [rest[i]["label"] for i in range(len(rest)) if "_9" in rest.name(i)]
