@@ -535,6 +535,9 @@ def decoded_cache(scenes, folder):
         H, W = scenes.decode(0)[1].shape
         maps = [np.lib.format.open_memmap(f"{p}.tmp", "w+", np.uint8, (len(scenes), H, W) + tail)
                 for p, tail in zip(paths, ((3,), ()))]
+        for p in paths if hasattr(os, "posix_fallocate") else ():   # a full disk is an error here, not a crash on a later write
+            with open(f"{p}.tmp", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(f"{p}.tmp"))
 
         def put(i):
             image, label = scenes.decode(i)
