@@ -34,6 +34,7 @@ import signal
 import sys
 import time
 import urllib.error
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,7 +80,7 @@ RECIPES = {  # what differs from the two tables above; toy and camvid are sized 
         "finetune": dict(batch_size=8)},
     "toy": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=2e-3,
-                         crop=(108, 192), scale=(0.75, 1.5), schedule="poly"),
+                         crop=(108, 192), scale=(1, 1), schedule="poly"),
         "mgu": dict(per_class=5, batch_size=8),
         "finetune": dict(batch_size=8)},
 }
@@ -1129,7 +1130,9 @@ def load_json(path):
 def load_tensors(path, expected):
     """torch.load of tensors and plain types only; InputError for anything else, and no code of the file runs."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # torch's remarks on odd files: the line below says what matters
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {expected}")
     except pickle.UnpicklingError:

@@ -312,13 +312,15 @@ def draw_curves(rows, tallies, path):
     """Precision-recall and ROC curves of the pooled pixels, every row of the table in one axes each."""
     plt = pyplot()
     fig, (pr, roc) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    highest = 0.01
     for row in rows:
         histogram = tallies[row["model"]].histograms[row["score"]]
         recall, precision, fpr = histogram.curve()
         label = f"{row['model']}, {row['score']}"
+        highest = max(highest, precision[recall > 0.02].max())   # the first few pixels may have any precision
         pr.plot(recall, precision, label=f"{label}: AUPR {row['pooled']['aupr']:.1f}")
         roc.plot(fpr, recall, label=f"{label}: AUROC {row['pooled']['auroc']:.1f}")
-    pr.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    pr.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, min(1, 1.2 * highest)))
     roc.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1))
     roc.axhline(0.95, color="grey", lw=0.6, ls=":")
     for ax in (pr, roc):

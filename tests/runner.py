@@ -19,7 +19,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "torch._dynamo", "torchvision.models.segmentation", "matplotlib.pyplot", "tqdm"])
 
 
-def child(script, args, folder, env, limit):
+def child(script, args, folder, env, limit, before):
     os.chdir(folder)
     os.environ.update(env)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -31,6 +31,7 @@ def child(script, args, folder, env, limit):
     tqdm.set_lock(threading.RLock())   # its usual one is a semaphore that a killed process leaves behind
     sys.argv = [script, *map(str, args)]
     sys.path.insert(0, str(REPO))
+    exec(before, {})   # what the test changes in torch or in common.py
     code = 0
     try:
         runpy.run_path(str(REPO / script), run_name="__main__")
@@ -44,9 +45,9 @@ def child(script, args, folder, env, limit):
     os._exit(code)
 
 
-def start(script, *args, folder, limit=None, **env):
-    """Start `python script args` in `folder`; returns the process."""
-    p = processes.Process(target=child, args=(script, args, str(folder), env, limit))
+def start(script, *args, folder, limit=None, before="", **env):
+    """Start `python script args` in `folder`, after the Python code `before`; returns the process."""
+    p = processes.Process(target=child, args=(script, args, str(folder), env, limit, before))
     p.start()
     return p
 
@@ -71,13 +72,13 @@ def run_ok(*args, **more):
     return done
 
 
-def run_ranks(script, *args, folder, n=2):
+def run_ranks(script, *args, folder, n=2, **more):
     """The processes of torchrun --nproc-per-node n, all of which have to end well."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ps = [start(script, *args, folder=folder, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
+    ps = [start(script, *args, folder=folder, RANK=str(r), LOCAL_RANK=str(r), **env, **more) for r in range(n)]
     done = [finish(p, folder, r) for r, p in enumerate(ps)]
     assert [d.code for d in done] == [0] * n, [(d.out, d.err) for d in done]
     return done[0]

@@ -59,7 +59,7 @@ def reference(ckpt, root, score="msp", ignored=()):
         fpr, recall, _ = roc_curve(positive, value, drop_intermediate=False)
         nearest = np.abs(recall - 0.95).min()
         return 100 * np.array([average_precision_score(positive, value), roc_auc_score(positive, value),
-                               fpr[np.isclose(np.abs(recall - 0.95), nearest, atol=1e-12)].max(), fpr[recall >= 0.95][0]])
+                               fpr[np.abs(recall - 0.95) == nearest].max(), fpr[recall >= 0.95][0]])
     labels, predictions = np.concatenate(labels), np.concatenate(predictions)
     iou = jaccard_score(labels, predictions, labels=np.unique(labels), average=None, zero_division=0)
     return (metrics(*(np.concatenate(v) for v in zip(*every))), np.mean([metrics(*v) for v in every if v[0].any()], 0),

@@ -1,0 +1,383 @@
+"""The training loop: Eq. 5 whole or in parts, on one process or two; interruptions, other settings, damaged files."""
+import argparse
+import json
+import pickle
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+from runner import lines, finish, run, run_ok, run_ranks, start, wait_for
+
+N = 4
+
+
+# ─────────────────────────────────────── the gradient, in this process ───────────────────────────────────────
+
+class Images(torch.utils.data.Dataset):
+    """Random images with very different numbers of ignored and of synthetic-unknown pixels."""
+
+    def __init__(self, n, seed=0):
+        rng = np.random.default_rng(seed)
+        self.items = []
+        for i in range(n):
+            Z = rng.integers(0, N, (10, 12))
+            Z[rng.random(Z.shape) < (0, 0.9, 0.3, 1, 0.05)[i % 5]] = common.IGNORED      # one image has no label at all
+            unknown = (rng.random(Z.shape) < (0.5, 0, 0.02, 0, 0.9)[i % 5]) & (Z < N)
+            self.items.append((rng.integers(0, 256, (3, 10, 12), np.uint8), Z.astype(np.uint8), unknown))
+
+    def __len__(self):
+        return len(self.items)
+
+    def name(self, i):
+        return f"image {i}"
+
+    def __getitem__(self, key):
+        X, Z, unknown = (torch.from_numpy(v) for v in self.items[key[1]])
+        return dict(image=X, label=Z, unknown=unknown, index=key[1])
+
+
+class Net(nn.Module):
+    arch, backbone_name, num_classes = "deeplabv3", "mobilenet_v3_large", N
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, N, 1))
+        self.layers[1].running_mean.uniform_(-0.2, 0.2)
+
+    def forward(self, X):
+        return self.layers(X)
+
+
+@pytest.fixture
+def signals():
+    """common.train() takes over SIGTERM and SIGINT."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def train(data, out, **more):
+    """The network after common.train(); its .grad are those of the last step."""
+    args = argparse.Namespace(**{**dict(batch_size=len(data), epochs=1, lr=1e-3, seed=0, bn="frozen", micro_batch=None, precision=None,
+                                        sync_bn=False, compile=False, workers=0, save_every=5, restart=False, schedule="constant",
+                                        alpha=0.05, loss="er", out=str(out)), **more})
+    f = Net()
+    common.train(f, data, args, torch.device("cpu"), {"schedule": args.schedule, "epochs": args.epochs}, dict(stage="test"))
+    return f
+
+
+def gradient(data, alpha, loss):
+    """Eq. 5 over all pixels of all images, written out pixel by pixel, in float64; its value and gradients."""
+    f = Net().double().eval()
+    k, s = [], []
+    for X, Z, unknown in data.items:
+        z = f(torch.from_numpy(X)[None].double() / 255)[0]
+        S = z.exp() / z.exp().sum(0)
+        for h in range(Z.shape[0]):
+            for w in range(Z.shape[1]):
+                if unknown[h, w]:
+                    H, H_max = -sum(S[i, h, w] * S[i, h, w].log() for i in range(N)), np.log(N)
+                    s.append((1.01 * H_max) / (H + 0.01 * H_max) - 1 if loss == "er" else
+                             -sum((S[i, h, w] * N).log() / N for i in range(N)))
+                elif Z[h, w] < N:
+                    k.append(-S[int(Z[h, w]), h, w].log())
+    value = sum(k) / len(k) + alpha * sum(s) / len(s)
+    value.backward()
+    return float(value.detach()), [p.grad for p in f.parameters()]
+
+
+@pytest.mark.parametrize("alpha, loss", ((0.05, "er"), (0.5, "kl")))
+def test_parts_of_a_batch_add_up_to_eq_5(tmp_path, signals, alpha, loss):
+    """Batch norm frozen: the gradient of one piece and of accumulated parts is that of Eq. 5 over the pixels of the batch."""
+    data = Images(7)
+    value, expected = gradient(data, alpha, loss)
+    for micro in (None, 2, 3, 5):
+        f = train(data, tmp_path / f"{micro}.pt", micro_batch=micro, alpha=alpha, loss=loss)
+        for p, g in zip(f.parameters(), expected):
+            torch.testing.assert_close(p.grad.double(), g, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
+        log = [json.loads(line) for line in (tmp_path / f"{micro}.jsonl").read_text().splitlines()]
+        assert [v["loss"] for v in log] == [pytest.approx(value, rel=1e-5)]
+        assert torch.equal(f.layers[1].running_mean, Net().layers[1].running_mean), "frozen batch norm was updated"
+
+
+def test_batch_norm_trains_by_default(tmp_path, signals):
+    f = train(Images(7), tmp_path / "f.pt", bn="train")
+    assert not torch.equal(f.layers[1].running_mean, Net().layers[1].running_mean)
+
+
+@pytest.mark.parametrize("schedule", ("constant", "poly"))
+def test_learning_rate(tmp_path, signals, schedule):
+    """The first step of Adam moves every weight by lr · g / (|g| + 10⁻⁸); poly falls from there to nearly 0."""
+    f = train(Images(7), tmp_path / "f.pt", schedule=schedule)
+    for p, q in zip(f.parameters(), Net().parameters()):
+        torch.testing.assert_close(q - p, 1e-3 * p.grad / (p.grad.abs() + 1e-8), rtol=1e-3, atol=1e-7)
+    train(Images(6), tmp_path / "g.pt", schedule=schedule, epochs=5, batch_size=3)
+    last = torch.load(tmp_path / "g.pt", weights_only=True)["optimiser"]["param_groups"][0]["lr"]
+    assert last == pytest.approx(1e-3 * (0.1**0.9 if schedule == "poly" else 1))   # step 9 of 10
+
+
+def test_a_batch_too_small_is_refused(tmp_path, signals):
+    with pytest.raises(common.InputError, match="batch of 1 images is too small"):
+        train(Images(1), tmp_path / "f.pt")
+
+
+def test_images_of_different_sizes_are_refused(tmp_path, signals):
+    data = Images(2)
+    data.items[1] = tuple(v[..., :9] for v in data.items[1])
+    with pytest.raises(common.InputError, match="different sizes.*12×10"):
+        train(data, tmp_path / "f.pt")
+
+
+@pytest.mark.parametrize("n, batch", ((10, 4), (12, 4), (7, 7), (3, 8), (23, 6)))
+def test_epoch_batches(monkeypatch, n, batch):
+    def every(world, epoch=0, step=0, seed=5):
+        """[rank][step] → [(epoch, i), …] over 3 epochs"""
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        shares = []
+        for r in range(world):
+            monkeypatch.setenv("RANK", str(r))
+            shares.append(list(common.epoch_batches(n, batch, seed, epoch, step, 3)))
+        return shares
+    alone, = every(1)
+    steps, size = n // min(batch, n), min(batch, n)
+    assert len(alone) == 3 * steps and all(len(b) == size for b in alone)
+    for e in range(3):
+        seen = [key for b in alone[e * steps:(e + 1) * steps] for key in b]
+        assert {k for k, _ in seen} == {e}
+        indices = [i for _, i in seen]
+        assert len(set(indices)) == len(indices) == steps * size and set(indices) <= set(range(n)), "an image twice"
+    assert [i for _, i in alone[0]] != [i for _, i in alone[steps]] or n < 4, "every epoch has the same order"
+    assert every(1, seed=6)[0] != alone or n < 4
+    for world in (2, 3):
+        shares = every(world)
+        assert [sum(parts, []) for parts in zip(*shares)] == alone, "the ranks' shares are not the batch"
+        assert all(max(map(len, parts)) - min(map(len, parts)) <= 1 for parts in zip(*shares))
+    for position in range(3 * steps):
+        assert every(1, *divmod(position, steps))[0] == alone[position:], "a continued run sees other batches"
+
+
+# ───────────────────────────────────────── runs of the two scripts ─────────────────────────────────────────
+
+PRETRAIN = ("pretrain.py", "--epochs", 2, "--batch-size", 2, "--crop", 32, 48, "--lr", 1e-3, "--schedule", "constant",
+            "--save-every", 0)
+TIMES = ("seconds", "images_per_second")
+
+
+def log(path):
+    """The .jsonl without its timing fields."""
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in path.read_text().splitlines()]
+
+
+def same(a, b):
+    """Model, optimiser and position of two checkpoints, bit by bit, and what was logged beside them."""
+    one, two = (torch.load(p, weights_only=True) for p in (a, b))
+    assert one["model"].keys() == two["model"].keys() and one["optimiser"]["state"].keys() == two["optimiser"]["state"].keys()
+    assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
+    for k, state in one["optimiser"]["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(two["optimiser"]["state"][k][n])) for n, v in state.items())
+    assert (one["epoch"], one["step"]) == (two["epoch"], two["step"])
+    assert log(a.with_suffix(".jsonl")) == log(b.with_suffix(".jsonl"))
+
+
+def one_line(done, *parts):
+    assert done.code == 1 and done.err.count("\n") == 1 and done.err.startswith("error: "), done.err
+    assert all(part in done.err for part in parts), done.err
+
+
+def interrupt(command, folder, out, moments, rng=np.random.default_rng()):
+    """Start `command` once for each (logged lines to wait for, signal) and send the signal a random moment later."""
+    stopped = 0
+    for count, number in moments:
+        p = start(*command, folder=folder)
+        if wait_for(lambda: len(lines(folder / f"{out}.jsonl")) >= count and (folder / f"{out}.pt").exists(), p):
+            p.join(rng.uniform(0, 0.3))
+        if p.exitcode is None:
+            (p.kill if number == signal.SIGKILL else p.terminate)()
+        done = finish(p, folder)
+        if number == signal.SIGTERM and done.code:
+            assert done.code == 128 + signal.SIGTERM and "stopped by a signal" in done.out and not done.err
+        stopped += done.code in (143, -signal.SIGKILL)
+    return stopped
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, small):
+    """An uninterrupted run: 6 steps in 2 epochs, a validation after each."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_ok(*PRETRAIN, "--root", small / "toy", folder=folder)
+    expected = [("loss", 1), ("loss", 2), ("loss", 3), ("miou", 3), ("loss", 4), ("loss", 5), ("loss", 6), ("miou", 6)]
+    assert [("loss" if "loss" in v else "miou", v["step"]) for v in log(folder / "pretrained.jsonl")] == expected
+    return folder / "pretrained.pt"
+
+
+def test_pretraining_killed_and_continued(pretrained, small, tmp_path):
+    """SIGTERM and SIGKILL at random moments; then the same bits as without."""
+    command = (*PRETRAIN, "--root", small / "toy")
+    moments = [(1, signal.SIGTERM), (2, signal.SIGKILL), (4, signal.SIGKILL)]
+    assert interrupt(command, tmp_path, "pretrained", moments) >= 2
+    with open(tmp_path / "pretrained.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')   # a line that the machine did not finish
+    done = run_ok(*command, folder=tmp_path)
+    assert re.search(r"continuing pretrained.pt from epoch \d, step \d", done.out)
+    same(tmp_path / "pretrained.pt", pretrained)
+    assert not list(tmp_path.glob(".*")), "a temporary file was left"
+
+
+def test_finished_changed_longer_and_restarted_runs(pretrained, small, tmp_path):
+    command = (*PRETRAIN, "--root", small / "toy")
+    for name in ("pretrained.pt", "pretrained.jsonl"):
+        shutil.copy(pretrained.parent / name, tmp_path)
+    before = (tmp_path / "pretrained.pt").read_bytes()
+    assert "pretrained.pt is complete (2 epochs)" in run_ok(*command, folder=tmp_path).out
+    for *flags, said in (("--lr", 1e-4, "lr 0.001, this run has 0.0001"), ("--seed", 1, "seed 0, this run has 1"),
+                         ("--bn", "frozen", "bn train, this run has frozen"), ("--epochs", 1, "epochs 2, this run has 1"),
+                         ("--crop", 32, 64, "crop (32, 48), this run has (32, 64)"), ("--arch", "pspnet", "arch deeplabv3, this run has pspnet")):
+        one_line(run(*command, *flags, folder=tmp_path), "pretrained.pt", said, "--restart")
+    assert (tmp_path / "pretrained.pt").read_bytes() == before
+
+    # one epoch, then two: as two at once
+    run_ok(*command, "--epochs", 1, "--restart", folder=tmp_path)
+    assert len(log(tmp_path / "pretrained.jsonl")) == 4
+    run_ok(*command, folder=tmp_path)
+    same(tmp_path / "pretrained.pt", pretrained)
+
+    # under a schedule the learning rates depend on the epochs: none can be added
+    shutil.copy(small / "pretrained.pt", tmp_path / "poly.pt")
+    one_line(run(*command, "--schedule", "poly", "--epochs", 3, "--out", "poly.pt", folder=tmp_path), "epochs 2, this run has 3")
+
+
+def test_full_disk(pretrained, small, tmp_path):
+    """No file may grow beyond 10 MB (a checkpoint has 130): the checkpoint from before stands, and the run goes on later."""
+    command = (*PRETRAIN, "--root", small / "toy")
+    interrupt(command, tmp_path, "pretrained", [(1, signal.SIGTERM)])
+    before = (tmp_path / "pretrained.pt").read_bytes()
+    one_line(run(*command, folder=tmp_path, limit=10_000_000), "pretrained.pt", "File too large")
+    assert (tmp_path / "pretrained.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
+    one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1, folder=tmp_path, limit=5_000),
+             ".npz", "File too large")
+    assert not list((tmp_path / "aux").glob("*.npz")) and not list((tmp_path / "aux").glob(".*"))
+    run_ok(*command, folder=tmp_path)
+    same(tmp_path / "pretrained.pt", pretrained)
+
+
+def test_non_finite_loss(pretrained, small, tmp_path):
+    """It stops at that step and names it and its images; the checkpoint before it stands, and leads on."""
+    nan = ("import common, torch\nwhole, calls = common.objective, []\n"
+           "def objective(*args):\n    calls.append(1)\n    return whole(*args) * (float('nan') if len(calls) == 5 else 1)\n"
+           "common.objective = objective")
+    command = (*PRETRAIN, "--root", small / "toy")
+    done = run(*command, folder=tmp_path, before=nan)
+    one_line(done, "loss nan at epoch 1, step 1", "pretrained.pt holds the last good state")
+    order = np.random.default_rng([0, 1]).permutation(6)[2:4]   # the images of that step, by epoch_batches' definition
+    names = sorted((small / "toy/train/images").rglob("*.png"))
+    assert re.findall(r"[^ ,;]+\.png", done.err) == [str(names[i]) for i in order]
+    checkpoint = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1)
+    assert all(torch.isfinite(v).all() for v in checkpoint["model"].values())
+    run_ok(*command, folder=tmp_path)
+    same(tmp_path / "pretrained.pt", pretrained)
+
+    # weights that are not numbers, from the start
+    checkpoint["model"]["classifier.weight"][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pt")
+    one_line(run("finetune.py", "--ckpt", "nan.pt", "--known-unknown", "car", "--epochs", 1, "--batch-size", 2, folder=tmp_path),
+             "loss nan at epoch 0, step 0", "toy/train/images", "nothing was saved yet")
+    assert not (tmp_path / "ft.pt").exists()
+    one_line(run("evaluate.py", "--ckpt", "nan.pt", folder=tmp_path), "non-finite anomaly score", ".png")
+
+
+def test_diverging_learning_rate(small, tmp_path):
+    done = run(*PRETRAIN[:-2], "--root", small / "toy", "--lr", 1e30, folder=tmp_path)
+    one_line(done, "at epoch 0, step", ".png")
+    assert not (tmp_path / "pretrained.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def aux(tmp_path_factory, small):
+    folder = tmp_path_factory.mktemp("set")
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 4, folder=folder)
+    assert sum(np.load(p)["unknown"].sum() for p in (folder / "aux").glob("*.npz")) > 50
+    return folder / "aux"
+
+
+def test_finetuning_killed_and_continued(small, aux, tmp_path):
+    command = ("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", aux, "--epochs", 2, "--batch-size", 4, "--mix-clean", "--loss", "kl")
+    run_ok(*command, "--out", "whole.pt", folder=tmp_path)
+    assert len(log(tmp_path / "whole.jsonl")) >= 8
+    moments = [(1, signal.SIGKILL), (3, signal.SIGKILL), (5, signal.SIGTERM)]
+    assert interrupt((*command, "--save-every", 0), tmp_path, "ft", moments) >= 2
+    run_ok(*command, folder=tmp_path)
+    same(tmp_path / "ft.pt", tmp_path / "whole.pt")
+    one_line(run(*command, "--alpha", 0.5, folder=tmp_path), "alpha 0.05, this run has 0.5")
+    one_line(run(*command, "--loss", "er", folder=tmp_path), "loss kl, this run has er")
+
+
+def test_two_processes_are_one(small, tmp_path):
+    """Frozen batch norm and no dropout, whose masks depend on the rank: the same losses, gradients and weights. Batches
+    of 5: three images and two, so the ranks' numbers of pixels differ."""
+    command = ("finetune.py", "--ckpt", small / "pretrained.pt", "--known-unknown", "car", "pole", "--epochs", 3, "--batch-size", 5,
+               "--bn", "frozen", "--out")
+    off = "import torch\ntorch.nn.Dropout.forward = lambda self, x: x"
+    run_ok(*command, "one.pt", folder=tmp_path, before=off)
+    run_ranks(*command, "two.pt", folder=tmp_path, before=off)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    losses = [[v["loss"] for v in log(tmp_path / f"{n}.jsonl")] for n in ("one", "two")]
+    assert len(losses[0]) == 3 and len(set(losses[0])) == 3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    for k, state in one["optimiser"]["state"].items():   # the mean of the gradients
+        g = state["exp_avg"]
+        assert float((g - two["optimiser"]["state"][k]["exp_avg"]).norm()) <= 0.02 * float(g.norm()) + 1e-7
+    moved = apart = 0.0
+    before = torch.load(small / "pretrained.pt", weights_only=True)["model"]
+    for k, v in one["model"].items():
+        if "running" in k or "num_batches" in k:
+            assert torch.equal(v, before[k]) and torch.equal(two["model"][k], before[k])
+        else:
+            moved += float((v - before[k]).abs().sum())
+            apart += float((v - two["model"][k]).abs().sum())
+    assert apart < 0.02 * moved   # Adam divides by |g|: where that is rounding error, so is the direction
+
+
+# ─────────────────────────────────────────────── hostile files ───────────────────────────────────────────────
+
+class Hostile:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_hostile_files_run_nothing(small, tmp_path):
+    mark = tmp_path / "ran"
+    hostile = Hostile(mark)
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, root=hostile), tmp_path / "zip.pt")
+    torch.save(dict(checkpoint, root=hostile), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(hostile))
+    for name in ("zip.pt", "old.pt", "pickle.pt"):
+        with pytest.raises(common.InputError, match=name):
+            common.load_checkpoint(tmp_path / name)
+        with pytest.raises(common.InputError, match=name):   # as --weights
+            common.load_backbone(common.Segmenter("deeplabv3", "mobilenet_v3_large", 12), str(tmp_path / name))
+    one_line(run(*PRETRAIN, "--root", small / "toy", "--out", "zip.pt", folder=tmp_path), "zip.pt: refused")   # as a run to continue
+
+    label = np.zeros((4, 4), np.uint8)
+    for name, key in (("label", "label"), ("extra", "extra")):
+        np.savez(tmp_path / f"{name}.npz", **{**dict(format=1, image=np.zeros((4, 4, 3), np.uint8), label=label, unknown=label > 0),
+                                              key: np.array([hostile], object)})
+        with pytest.raises(common.InputError, match=f"{name}.npz"):
+            common.load_sample(tmp_path / f"{name}.npz")
+    assert not mark.exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)["root"].close()   # they would have
+    assert mark.exists()
