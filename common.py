@@ -266,7 +266,7 @@ def loss_er(log_S, r=None):
     """L_ER per pixel (B, H, W), in [0, 100]: 0 at the uniform distribution, 1/0.01 at a one-hot one.
 
     r defaults to 0.01 · H_max (Sec. IV-A). log_S (B, N, H, W)."""
-    H_max = math.log(log_S.shape[1])                  # −Σ_i z log z
+    H_max = math.log(log_S.shape[1])                  # −Σ_i z log z; ASSUMPTION: N of the dataset, where the paper says 12
     r = 0.01 * H_max if r is None else r
     H = -(log_S.exp() * log_S).sum(1)                 # H(S) = −Σ_i S_i log S_i
     # Eq. 6: (H_max + r) / (H(S) + r) − 1
@@ -280,7 +280,7 @@ def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None):
     class. n_k and n_s are the pixel counts of the whole batch where this is a part of it (accumulation, ranks):
     the sum over the parts is then the objective of the whole. Returns a scalar."""
     log_S = log_softmax(logits)
-    known = (Z < logits.shape[1]) & ~unknown
+    known = (Z < logits.shape[1]) & ~unknown   # ASSUMPTION: E over all pixels of the batch, not a mean of image means
     value = masked_mean(loss_k(log_S, Z), known, n_k)
     if alpha:
         value = value + alpha * masked_mean(loss_kl(log_S) if loss == "kl" else loss_er(log_S), unknown, n_s)
@@ -534,11 +534,11 @@ def decoded_cache(scenes, folder):
         for stale in folder.glob(f"{scenes.data}-{scenes.split}-*"):
             stale.unlink()
         H, W = scenes.decode(0)[1].shape
-        maps = [np.lib.format.open_memmap(f"{p}.tmp", "w+", np.uint8, (len(scenes), H, W) + tail)
+        maps = [np.lib.format.open_memmap(f"{p}.tmp{os.getpid()}", "w+", np.uint8, (len(scenes), H, W) + tail)
                 for p, tail in zip(paths, ((3,), ()))]
         for p in paths if hasattr(os, "posix_fallocate") else ():   # a full disk is an error here, not a crash on a later write
-            with open(f"{p}.tmp", "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(f"{p}.tmp"))
+            with open(f"{p}.tmp{os.getpid()}", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
 
         def put(i):
             image, label = scenes.decode(i)
@@ -550,7 +550,7 @@ def decoded_cache(scenes, folder):
             list(progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
         for m, p in zip(maps, paths):
             m.flush()
-            os.replace(f"{p}.tmp", p)
+            os.replace(f"{p}.tmp{os.getpid()}", p)
     return [np.load(p, mmap_mode="r", allow_pickle=False) for p in paths]
 
 
@@ -1287,7 +1287,7 @@ def cli(main):
     try:
         main()
     except torch.cuda.OutOfMemoryError:
-        tqdm.write("error: out of GPU memory: lower --batch-size", file=sys.stderr)
+        tqdm.write("error: out of GPU memory: lower --batch-size (mgu_generate, evaluate) or --micro-batch (training)", file=sys.stderr)
         os._exit(1)
     except (InputError, OSError) as e:
         # An error inside a loader worker arrives with that worker's traceback: its last part is ours
@@ -1343,6 +1343,12 @@ def epoch_batches(n, batch_size, seed, epoch, step, epochs):
             share = np.array_split(order[s * batch_size:(s + 1) * batch_size], world())[rank()]
             yield [(epoch, int(i)) for i in share]
         epoch, step = epoch + 1, 0
+
+
+def ignore_signals(_):
+    """For loader workers: the main process saves and leaves, they only feed it."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
 
 
 def collate(items):
@@ -1409,6 +1415,8 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     if args.sync_bn and world() > 1 and cuda:
         if not args.micro_batch:
             raise InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
+        if min(args.batch_size, len(data)) % world():
+            raise InputError(f"--sync-bn: expected a batch that {world()} processes share evenly, found {min(args.batch_size, len(data))}")
         f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
     net = torch.compile(f) if args.compile else f
     parameters = [p for p in f.parameters() if p.requires_grad]
@@ -1417,7 +1425,8 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     workers = (8 if cuda else 0) if args.workers is None else args.workers
     loader = iter(torch.utils.data.DataLoader(
         data, batch_sampler=epoch_batches(len(data), args.batch_size, args.seed, epoch, step, args.epochs),
-        num_workers=workers, pin_memory=cuda, prefetch_factor=4 if workers else None, collate_fn=collate))
+        num_workers=workers, pin_memory=cuda, prefetch_factor=4 if workers else None, collate_fn=collate,
+        worker_init_fn=ignore_signals))
 
     stop = []     # the signal that asks to save and leave
     for s in (signal.SIGTERM, signal.SIGINT):
@@ -1471,6 +1480,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
         n_k, n_s, stopped = all_sum(torch.tensor([int(((label < f.num_classes) & ~unknown).sum()), int(unknown.sum()),
                                                   len(stop)])).tolist()
         while True:
+            logits = part_loss = None   # after a failed try: let its graph go
             torch.manual_seed((args.seed * 1_000_003 + epoch * n_steps + step) * 1009 + rank())   # dropout
             optimiser.zero_grad()
             loss = torch.zeros((), device=device)
@@ -1495,6 +1505,9 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
             flat = all_sum(torch.cat([p.grad.reshape(-1) for p in parameters] + [loss.view(1)]))
             for p, g in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
                 p.grad.copy_(g.view_as(p.grad))
+            for name, b in f.named_buffers():   # ASSUMPTION: the running averages are the mean over the ranks
+                if "running_" in name:
+                    all_sum(b).div_(world())
             loss = flat[-1]
         for group in optimiser.param_groups:
             group["lr"] = args.lr * ((1 - (epoch * n_steps + step) / (args.epochs * n_steps))**0.9 if args.schedule == "poly" else 1)

@@ -336,12 +336,14 @@ def photographs(models, paths, classes, args, device, out):
                                                    if p.is_dir() else [p])]
     if not files:
         raise common.InputError(f"{', '.join(paths)}: no photographs; expected image files")
+    if len({f.stem for f in files}) < len(files):
+        raise common.InputError(f"{', '.join(paths)}: two photographs have the same name; expected different ones")
     plt, N, name = pyplot(), len(classes), args.score[0]
     for path in common.progress(files, "photographs"):
         try:
             with Image.open(path) as opened:
                 photo = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as e:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise common.InputError(f"{path}: cannot be read as an image: {e}")
         shrink = min(1, args.max_side / max(photo.size))
         seen = photo.resize([max(32, round(shrink * s)) for s in photo.size], Image.LANCZOS) if shrink < 1 else photo
@@ -413,14 +415,14 @@ def main():
     valued = sum(tallies[main_label].images[i][args.score[0]] is not None for i in order)
     protocol = dict(
         data=data, split=args.split, images=len(order), resolution=sorted({c["size"] for c in counts.values()}),
-        positives="anomalous pixels", class_ids={str(k): (scenes.classes + ["ignored", "anomaly"])[v if v < 254 else -(v == 254) - (v == 255) * 2]
+        positives="anomalous pixels", class_ids={str(k): {common.IGNORED: "no known class", common.ANOMALY: "anomaly"}.get(v) or classes[v]
                                                  for k, v in enumerate(scenes.lut.tolist()) if v != 253},
         unlabeled=f"{args.unlabeled}: ids without a known class" + "".join(f", {c}" for c in unlabeled),
         ignored_classes=list(left_out), pixels=pixels, ignored_pixels=ignored, ignored_share=round(100 * ignored / pixels, 4),
         base_rate=round(100 * anomalous / max(pixels - ignored, 1), 4), images_without_anomaly_or_negative=len(order) - valued,
         per_image=f"mean over the {valued} images that hold both", pooled="all pixels at once",
         fpr95="recall nearest to 0.95, larger FPR on ties (CAOS); fpr95_first: first threshold with recall of at least 0.95",
-        miou="over the classes present in the labels", checkpoints={k: common.fingerprint(k) for k in checkpoints})
+        miou="over the classes present in the labels, ignored_classes included", checkpoints={k: common.fingerprint(k) for k in checkpoints})
     rows = []
     for label, tally in tallies.items():
         segmentation = common.segmentation_metrics(tally.confusion, classes)

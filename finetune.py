@@ -7,12 +7,12 @@
 
     python finetune.py                                    # L_ER, α = 0.05, after python mgu_generate.py
     python finetune.py --loss kl --alpha 0.05 --out ft_kl.pt
-    python finetune.py --known-unknown car fence pole     # pilot study (Sec. IV-C): D_s = pixels of these classes
+    python finetune.py --known-unknown car fence pole --out ft_known.pt    # pilot study (Sec. IV-C): D_s = pixels of these classes
     torchrun --nproc-per-node 8 finetune.py
 
 Controls, which the paper lacks: --alpha 0 (L_k alone on the auxiliary images), --images clean --alpha 0 (L_k alone
-on the images they were made from), --images noise (the perturbation shuffled over the pixels: the same RMS, no
-direction). A run that was stopped or killed continues when the same command is given again.
+on the images they were made from), --images noise (the perturbation shuffled over I_ỹ, which is then D_s: the same
+RMS but for clipping, no direction; to be set beside --unknown all). A run that was stopped or killed continues when the same command is given again.
 """
 import argparse
 from pathlib import Path
@@ -108,12 +108,13 @@ def main():
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
     common.say(f"{len(data)} images, D_s = " + (", ".join(args.known_unknown) if args.known_unknown else
-                                               f"{args.unknown} pixels, images {args.images}"))
+                                               {"clean": "none", "noise": "all of I_ỹ"}.get(args.images, f"{args.unknown} pixels of I_ỹ")
+                                               + f", images {args.images}"))
 
     names = ("known_unknown", "unknown", "images", "mix_clean", "loss", "alpha", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), aux=aux)
     facts = {k: checkpoint[k] for k in ("arch", "backbone", "classes", "data", "root", "anomaly")}
-    common.train(f, data, args, device, settings, dict(facts, stage="finetune", known_unknown=args.known_unknown))
+    common.train(f, data, args, device, settings, dict(facts, stage="finetune", root=str(root), known_unknown=args.known_unknown))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@
            aux/sheets/*.png           contact sheet of each class; |P_ỹ| against the iteration
 
     python mgu_generate.py                                   # from the toy data's pretrained.pt
-    python mgu_generate.py --ckpt pretrained.pt --per-class 300
+    python mgu_generate.py --ckpt pretrained.pt --per-class 300 --out aux_300
     torchrun --nproc-per-node 8 mgu_generate.py              # the same set for any number of processes
 
 Algorithm 1 of the paper, and where we leave it:
   DEVIATION 1  the step is one grey level against the sign of the gradient (--step sign). Under the paper's
                X' − η∇L (--step plain) gradients are heavy-tailed: a few pixels move by hundreds of grey levels
                while most barely move, which leaves the range of an image and, in 8-bit storage, undoes flips.
-  DEVIATION 2  X' is clamped to the range of an image in every iteration, and stays on the 8-bit grid under
-               --step sign, so that the file holds exactly the X' that crossed the boundary.
                η doubles every 16 iterations for the pixels that resist: 1 to 5 % of them lie in cells whose
                neighbours have flipped and no longer move, and one grey level never takes them across.
+  DEVIATION 2  X' is clamped to the range of an image in every iteration, and stays on the 8-bit grid under
+               --step sign, so that the file holds exactly the X' that crossed the boundary.
   DEVIATION 3  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty.
-The README has the measurements behind all three. A run that was killed continues when the command is repeated.
+The README has the measurements behind the first. A run that was killed continues when the command is repeated.
 """
 import argparse
 import copy
@@ -92,7 +92,7 @@ def mgu(f, jobs, batch_size, step="sign", eta=1.0, double_every=0, max_steps=80,
                 running[b], job = [key, [], None], next(jobs, None)
         X.requires_grad_(True)
         logits = f(X / 255)
-        P = I & (logits.argmax(1) == y.view(-1, 1, 1))                          # line 5: (B, H, W)
+        P = I & (logits.argmax(1) == y.view(-1, 1, 1))                          # line 5 (line 3 only opens the loop): (B, H, W)
         L = common.loss_mgu(common.log_softmax(logits), P, y)                   # Eq. 3: (B,)
         gradient, = torch.autograd.grad(L.sum(), X)     # L_b depends on X'_b alone: the sum keeps the images apart
         X = X.detach()
@@ -103,14 +103,14 @@ def mgu(f, jobs, batch_size, step="sign", eta=1.0, double_every=0, max_steps=80,
             key, history, first = running[b]
             history.append(sizes[b])
             running[b][2] = first = P[b].clone() if first is None else first
-            if sizes[b] == 0 or len(history) > max_steps:                       # line 4, or the cap
+            if sizes[b] == 0 or len(history) > max_steps:                       # line 4; DEVIATION 3: or the cap
                 yield key, X[b].cpu(), first.cpu(), history
                 running[b], I[b] = None, False
         done = torch.tensor([len(r[1]) - 1 if r else 0 for r in running])       # iterations before this one
         eta_t = (eta * 2.0 ** (done // double_every if double_every else 0 * done)).view(-1, 1, 1, 1).to(device)
-        # line 7; the paper's plain step is for images in [0, 1]: ∇_[0,1] = 255 ∇_grey, and a unit is 255 grey levels
+        # line 7; DEVIATION 1: sign and doubling; the paper's plain step is for images in [0, 1]: ∇_[0,1] = 255 ∇_grey, and a unit is 255 grey levels
         X_next = X - eta_t * gradient.sign() if step == "sign" else X - eta_t * 255**2 * gradient
-        X = torch.where((P & I)[:, None], X_next.clamp(0, 255), X)              # lines 6 to 8: P_ỹ alone moves
+        X = torch.where((P & I)[:, None], X_next.clamp(0, 255), X)              # lines 6 to 8: P_ỹ alone moves; DEVIATION 2: clamp
 
 
 def choose(scenes, per_class, seed):
@@ -237,7 +237,7 @@ def sheets(f, scenes, jobs, out, device, per_class=3):
 def main():
     args = parse()
     device = common.setup(args.device)
-    torch.backends.cudnn.deterministic = True    # the same bytes in every run
+    torch.backends.cudnn.deterministic = True    # the same bytes in every run, as far as cuDNN goes
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, "mgu", checkpoint["data"], f.arch))
     if args.step == "sign" and args.step_size % 1:
@@ -246,6 +246,8 @@ def main():
         root = common.default_root(checkpoint["data"], args.root or checkpoint["root"])
         scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
         jobs = choose(scenes, args.per_class, args.seed)
+    if not jobs:
+        raise common.InputError(f"{root}: no training image has {MIN_PIXELS} pixels of any class; expected larger images or more labels")
     args.batch_size = min(args.batch_size, len(jobs))
     f = f.to(device).requires_grad_(False)
     common.say(common.about_run(device, f))

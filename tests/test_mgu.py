@@ -102,7 +102,7 @@ STEPS = {"plain": ("plain", 2.0, 0, 25), "sign": ("sign", 8.0, 0, 25), "doubling
 @pytest.fixture(scope="module", params=STEPS)
 def case(request):
     """A network, jobs, step settings, and what the literal algorithm makes of them."""
-    f = network(7)
+    f = network(3)
     jobs = make_jobs(f, 11, 0)
     settings = STEPS[request.param]
     expected = {k: literal(f, torch.from_numpy(X).double() / 255, Z, y, *settings) for k, X, Z, y in jobs}
@@ -229,8 +229,8 @@ class Scenes:
 @pytest.mark.parametrize("step", STEPS)
 def test_stored_samples(step, tmp_path):
     """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that; the figures are theirs."""
-    f = network(7)
-    jobs = make_jobs(f, 6, 0)
+    f = network(3)
+    jobs = make_jobs(f, 9, 0)   # the last one hits the cap
     name, eta, double, cap = STEPS[step]
     args = argparse.Namespace(batch_size=4, step=name, step_size=eta, double_every=double, max_steps=cap)
     scenes, chosen = Scenes(jobs), [(y, k) for k, _, _, y in jobs]
@@ -240,7 +240,7 @@ def test_stored_samples(step, tmp_path):
     correct = flipped = 0
     sure, moved = [], []
     for k, X, Z, y in jobs:
-        X_aux, history = literal(network(7), torch.from_numpy(X).double() / 255, Z, y, name, eta, double, cap)
+        X_aux, history = literal(network(3), torch.from_numpy(X).double() / 255, Z, y, name, eta, double, cap)
         sample = common.load_sample(tmp_path / f"{y:02d}_class-{y}-{k:06d}.npz")
         S, S_aux = (f(torch.from_numpy(np.array(v))[None] / 255)[0].softmax(0).numpy() for v in (X, sample["image"].transpose(2, 0, 1)))
         right, wrong = (Z == y) & (S.argmax(0) == y), S_aux.argmax(0) != y
@@ -251,7 +251,7 @@ def test_stored_samples(step, tmp_path):
         correct, flipped = correct + right.sum(), flipped + (right & wrong).sum()
         sure.append(S_aux.max(0)[right & wrong])
         moved.append((sample["image"].transpose(2, 0, 1).astype(float) - X)[:, Z == y])
-    assert figures["images"] == 6 and figures["correct_pixels"] == correct and flipped > 20
+    assert figures["images"] == 9 and figures["correct_pixels"] == correct and 20 < flipped < correct
     assert figures["flip_rate"] == pytest.approx(100 * flipped / correct, abs=1e-3)
     assert figures["mean_max_softmax"] == pytest.approx(np.concatenate(sure).mean(), abs=1e-4)
     assert figures["linf"] == max(np.abs(m).max() for m in moved)
