@@ -936,7 +936,8 @@ class ScoreHistogram:
     smallest whose touched rows fit into `limit`, a property of the set of scores alone, and counts are
     integers. So any order, batching or split over ranks gives identical results. They are exact at
     level 0; normal scores (all magnitudes, both signs) reach level 8, which ties what differs by less
-    than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points.
+    than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points, unless
+    most scores are equal but for their last bits.
     """
 
     def __init__(self, limit=384):

@@ -18,6 +18,8 @@ def own_cache_folder(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+    for path in tmp_path_factory.getbasetemp().rglob("*.pt"):   # 130 MB each, and pytest keeps its last three folders
+        path.unlink()
 
 
 @pytest.fixture(scope="session")

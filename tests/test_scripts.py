@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_scor
 
 import common
 from conftest import predict_every_class
-from runner import REPO, finish, run, run_ok, run_ranks, start, wait_for
+from runner import REPO, run, run_ok, run_ranks, start, wait_for
 
 SCRIPTS = ("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py")
 LABEL_OF_ID = {1: 0, 2: 1, 3: 2, 4: 255, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9, 12: 10, 13: 11, 14: 254}
