@@ -898,11 +898,15 @@ def image_metrics(pos, neg):
     negatives FPR and AUROC are undefined too): a per-image mean skips and counts such images."""
     if not len(pos) or not len(neg):
         return None
+    return curve_metrics([_exact_chunk(pos, neg)], len(pos), len(neg))
+
+
+def _exact_chunk(pos, neg):
+    """The one chunk of `curve_metrics` for ascending scores of the two classes."""
     starts = _run_starts(pos)
     above = len(neg) - np.searchsorted(neg, pos[starts], "right")
     upto = len(neg) - np.searchsorted(neg, pos[starts], "left")
-    counts = np.diff(starts, append=len(pos))
-    return curve_metrics([(counts[::-1], above[::-1], upto[::-1])], len(pos), len(neg))
+    return np.diff(starts, append=len(pos))[::-1], above[::-1], upto[::-1]
 
 
 def _run_starts(ordered):
@@ -931,28 +935,45 @@ def _shifts(level):
 class ScoreHistogram:
     """Pooled metrics over any number of pixels, in one pass and bounded memory.
 
-    A bin counts 2**shift consecutive `_keys`; 2**16 bins share a row of the table, taken when first
+    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in bins:
+    a bin counts 2**shift consecutive `_keys`; 2**16 bins share a row of the table, taken when first
     touched. When rows run out the `level` rises, which doubles bin widths (`_shifts`): it ends as the
     smallest whose touched rows fit into `limit`, a property of the set of scores alone, and counts are
-    integers. So any order, batching or split over ranks gives identical results. They are exact at
+    integers. So any order, batching or split over ranks gives identical results. Bins are exact at
     level 0; normal scores (all magnitudes, both signs) reach level 8, which ties what differs by less
     than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points, unless
     most scores are equal but for their last bits.
     """
 
-    def __init__(self, limit=384):
-        self.limit = limit   # at least 3
+    def __init__(self, limit=384, exact=1 << 24):
+        self.limit, self.exact = limit, exact   # limit: at least 3
         self.total = np.zeros(2, np.int64)   # positives, negatives
+        self.kept = [np.empty((2, 0), np.float32)]   # (pos, neg) as they came; None once there are bins
         self.table = np.zeros((limit, 2, 1 << 16), np.uint32)   # 512 KiB a row, committed when touched
         self.free = list(range(limit))
         self._set_level(0)
 
     def add(self, pos, neg):
         """Count pixels, e.g. of one image; arguments from `sort_by_class`."""
+        self._count((len(pos), len(neg)))
+        if self.kept is None:
+            self._bin(pos, neg)
+        else:
+            self.kept.append((pos, neg))
+
+    def _count(self, total):
+        self.total += total
+        if self.total.max() > np.iinfo(self.table.dtype).max:   # only then could a bin overflow
+            self.table = self.table.astype(np.uint64)
+        if self.kept is not None and self.total.sum() > self.exact:
+            kept, self.kept = self.kept, None
+            for parts in kept:
+                self._bin(*parts)
+
+    def _bin(self, pos, neg):
         keys = [_keys(part) for part in (pos, neg)]
         starts = [_run_starts(k >> 16) for k in keys]
         self._reserve(np.concatenate([k[s] >> 16 for k, s in zip(keys, starts)]))
-        self._count((len(pos), len(neg)))
         for cls, (k, s) in enumerate(zip(keys, starts)):
             tops, lengths = k[s] >> 16, np.diff(s, append=len(k))
             bins = np.repeat(2 * self.row[self.group[tops]] + cls << 16, lengths)
@@ -960,20 +981,23 @@ class ScoreHistogram:
             np.add.at(self.table.reshape(-1), bins, self.table.dtype.type(1))
 
     def state(self):
-        """All that was counted, as a dict of numpy arrays: the touched rows, 512 KiB each."""
+        """All that was counted, as a dict of numpy arrays: the scores kept, or the touched rows, 512 KiB each."""
         tops, rows = self._touched()
-        return dict(header=np.array([self.limit, self.level, *self.total]), tops=tops,
-                    counts=self.table[rows])
+        pos, neg = (np.concatenate(parts) for parts in zip(*self.kept or [np.empty((2, 0), np.float32)]))
+        return dict(header=np.array([self.limit, self.exact, self.level, *self.total]), tops=tops,
+                    counts=self.table[rows], pos=pos, neg=neg)
 
     def merge(self, state):
-        """Add the `state()` of another histogram of the same limit, as if its pixels came here."""
-        limit, level, *total = state["header"].tolist()
-        if limit != self.limit:
-            raise ValueError(f"cannot merge histograms of limits {limit} and {self.limit}")
+        """Add the `state()` of another histogram of the same limits, as if its pixels came here."""
+        limit, exact, level, *total = state["header"].tolist()
+        if (limit, exact) != (self.limit, self.exact):
+            raise ValueError(f"cannot merge histograms of limits {self.limit, self.exact} and {limit, exact}")
+        if len(state["pos"]) + len(state["neg"]) == sum(total):
+            return self.add(state["pos"], state["neg"])
+        self._count(total)
         while self.level < level:
             self._coarsen()
         self._reserve(state["tops"])
-        self._count(total)
         for top, shift, counts in zip(state["tops"], _shifts(level)[state["tops"]], state["counts"]):
             self._fold_in(top, shift, counts)
 
@@ -995,6 +1019,9 @@ class ScoreHistogram:
         return np.array([*kept, (1.0, P / (P + N), 1.0)]).T
 
     def _chunks(self):
+        if self.kept is not None:
+            yield _exact_chunk(*(np.sort(np.concatenate(parts)) for parts in zip(*self.kept)))
+            return
         fp = 0
         for row in self._touched()[1][::-1]:
             pos, neg = self.table[row, :, ::-1].astype(np.int64)
@@ -1014,11 +1041,6 @@ class ScoreHistogram:
         starts = _run_starts(rows)
         tops = starts[rows[starts] >= 0]
         return tops, rows[tops]
-
-    def _count(self, total):
-        self.total += total
-        if self.total.max() > np.iinfo(self.table.dtype).max:   # only then could a bin overflow
-            self.table = self.table.astype(np.uint64)
 
     def _reserve(self, tops):
         """Give the groups of all `tops` a row; coarsen until they fit."""

@@ -18,7 +18,8 @@ Algorithm 1 of the paper, and where we leave it:
                neighbours have flipped and no longer move, and one grey level never takes them across.
   DEVIATION 2  X' is clamped to the range of an image in every iteration, and stays on the 8-bit grid under
                --step sign, so that the file holds exactly the X' that crossed the boundary.
-  DEVIATION 3  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty.
+  DEVIATION 3  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty; what is
+               kept of an image that reaches it is the X' with the fewest pixels in P_ỹ.
 The README has the measurements behind the first. A run that was killed continues when the command is repeated.
 """
 import argparse
@@ -72,7 +73,7 @@ def fold_batch_norm(f):
 
 def mgu(f, jobs, batch_size, step="sign", eta=1.0, double_every=0, max_steps=80, device="cpu"):
     """Algorithm 1 for many images at once; yields (key, X' in grey levels (3, H, W), P_ỹ of the first iteration,
-    history of |P_ỹ|) as they end.
+    history of |P_ỹ|) as they end. X' is that of the smallest |P_ỹ|: the last one, unless the cap ended it.
 
     f: frozen segmenter. jobs: iterable of (key, X uint8 (3, H, W), I_ỹ bool (H, W), ỹ). Each
     image of the batch has its own P_ỹ, its own 1/|P_ỹ| and its own end; the next job takes the place of a finished
@@ -86,17 +87,21 @@ def mgu(f, jobs, batch_size, step="sign", eta=1.0, double_every=0, max_steps=80,
             X = torch.zeros(batch_size, *job[1].shape, device=device).contiguous(memory_format=torch.channels_last)
             I = torch.zeros(batch_size, *job[1].shape[1:], dtype=torch.bool, device=device)
             y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            X_best, fewest = X.clone(), torch.zeros_like(y)
         for b in range(batch_size):
             if running[b] is None and job and job[1].shape == X.shape[1:]:
                 key, X[b], I[b], y[b] = job                                     # lines 1 and 2; X in grey levels
-                running[b], job = [key, [], None], next(jobs, None)
+                running[b], job, fewest[b] = [key, [], None], next(jobs, None), I[b].numel() + 1
         X.requires_grad_(True)
         logits = f(X / 255)
         P = I & (logits.argmax(1) == y.view(-1, 1, 1))                          # line 5 (line 3 only opens the loop): (B, H, W)
         L = common.loss_mgu(common.log_softmax(logits), P, y)                   # Eq. 3: (B,)
         gradient, = torch.autograd.grad(L.sum(), X)     # L_b depends on X'_b alone: the sum keeps the images apart
         X = X.detach()
-        sizes = P.sum((1, 2)).tolist()                                          # the one wait of an iteration
+        size = P.sum((1, 2))
+        X_best = torch.where((size < fewest).view(-1, 1, 1, 1), X, X_best)
+        fewest = torch.minimum(size, fewest)
+        sizes = size.tolist()                                                   # the one wait of an iteration
         for b in range(batch_size):
             if running[b] is None:
                 continue
@@ -104,7 +109,7 @@ def mgu(f, jobs, batch_size, step="sign", eta=1.0, double_every=0, max_steps=80,
             history.append(sizes[b])
             running[b][2] = first = P[b].clone() if first is None else first
             if sizes[b] == 0 or len(history) > max_steps:                       # line 4; DEVIATION 3: or the cap
-                yield key, X[b].cpu(), first.cpu(), history
+                yield key, X_best[b].cpu(), first.cpu(), history
                 running[b], I[b] = None, False
         done = torch.tensor([len(r[1]) - 1 if r else 0 for r in running])       # iterations before this one
         eta_t = (eta * 2.0 ** (done // double_every if double_every else 0 * done)).view(-1, 1, 1, 1).to(device)
@@ -169,7 +174,7 @@ def measure(f, scenes, jobs, out, device):
         moved = (image.astype(np.int16) - scenes.decode(i)[0])[sample["label"] == y]   # (|I_ỹ|, 3) grey levels
         rows.append(dict(
             name=path.name, y=y, iterations=len(sample["history"]) - 1, correct=int(sample["correct"]),
-            flipped=int((D_s & (classes != y)).sum()), unflipped=int(sample["history"][-1]),
+            flipped=int((D_s & (classes != y)).sum()), unflipped=int(sample["history"].min()),
             confidence=float(top[D_s].astype(np.float64).sum()), unknown=int(D_s.sum()),
             linf=int(np.abs(moved).max(initial=0)), squares=int((moved.astype(np.int64)**2).sum()), values=moved.size,
             bytes=path.stat().st_size))

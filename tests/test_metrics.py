@@ -70,8 +70,9 @@ KINDS = ["normal", "two normals", "saturated MSP", "MSP", "1 - MSP", "log(1 - MS
          "spread 1e4", "1e4 + normal", "-1e4 + normal", "all magnitudes"]
 
 
-def pooled(scores, positive, limit=384, batches=1):
-    histogram = ScoreHistogram(limit)
+def pooled(scores, positive, limit=384, batches=1, exact=0):
+    """A histogram of bins; with `exact` above the number of pixels, of the scores themselves."""
+    histogram = ScoreHistogram(limit, exact)
     for s, p in zip(np.array_split(scores, batches), np.array_split(positive, batches)):
         histogram.add(*sort_by_class(s, p))
     return histogram
@@ -88,6 +89,8 @@ def test_against_sklearn(kind, positives):
     assert histogram.metrics() == pytest.approx(want, abs=1e-9 if exact else TOLERANCE)
     if kind in ("saturated MSP", "MSP", "heavy ties", "1e4 + normal"):
         assert exact
+    kept = pooled(scores, positive, batches=7, exact=200_000)
+    assert kept.metrics() == pytest.approx(want, abs=1e-9) and not kept.table.any()
 
 
 def test_small_sets_are_exact():
@@ -164,7 +167,7 @@ def test_independent_of_order_batches_and_ranks(kind, limit):
         for cut in (100, 40_000):  # the ranks saw different ranges, hence different shifts
             ranks = [pooled(s[:cut], p[:cut], limit, 3), pooled(s[cut:], p[cut:], limit, 3)]
             for first, second in (ranks, ranks[::-1]):
-                merged = ScoreHistogram(limit)
+                merged = ScoreHistogram(limit, 0)
                 merged.merge(first.state())
                 merged.merge(second.state())
                 assert merged.metrics() == want
@@ -181,13 +184,49 @@ def test_independent_of_order_batches_and_ranks(kind, limit):
     assert whole.level == [n <= limit for n in rows].index(True)
 
 
+@pytest.mark.parametrize("exact", [59_999, 60_000])
+def test_bins_begin_above_the_exact_size(exact):
+    """Whether scores are kept or binned depends on their number alone, not on the order, the batches or the ranks."""
+    scores, positive = draw("log(1 - MSP)", n=60_000, positives=900)
+    want = pooled(scores, positive, 40, exact=60_000 if exact == 60_000 else 0)
+    assert (want.level == 0) == (exact == 60_000)
+    cut = 30_000
+    halves = [(scores[:cut], positive[:cut]), (scores[cut:], positive[cut:])]
+    for batches in (1, 7):
+        assert pooled(scores, positive, 40, batches, exact).metrics() == want.metrics()
+        for (s, p), (t, q) in (halves, halves[::-1]):
+            merged = pooled(s, p, 40, batches, exact)
+            merged.merge(pooled(t, q, 40, batches, exact).state())
+            assert merged.metrics() == want.metrics() and (merged.kept is None) == (exact < 60_000)
+            assert np.array_equal(merged.curve(), want.curve())
+    small, large = (pooled(scores[:n], positive[:n], 40, exact=1000) for n in (500, 60_000))   # kept scores into bins, bins into kept ones
+    for first, second in ((small, large), (large, small)):
+        merged = ScoreHistogram(40, 1000)
+        merged.merge(first.state())
+        merged.merge(second.state())
+        assert merged.metrics() == pooled(np.append(scores, scores[:500]), np.append(positive, positive[:500]), 40).metrics()
+
+
+def test_nearly_tied_scores():
+    """Flat areas whose scores differ in the last bits only: bins tie them, the scores themselves do not."""
+    rng = RNG(0)
+    bits = rng.integers(0, 40, 100_000)
+    flat = np.float32(-7.3) * (1 + np.float32(2**-23) * bits.astype(np.float32))
+    scores = np.append(flat, rng.uniform(-30, 0, 20_000)).astype(np.float32)
+    positive = np.append(bits < 2, rng.random(20_000) < 0.02)
+    want = reference(scores, positive)
+    assert pooled(scores, positive).metrics()["auroc"] < want["auroc"] - TOLERANCE
+    assert pooled(scores, positive, exact=120_000).metrics() == pytest.approx(want, abs=1e-9)
+
+
 def test_merge_needs_equal_limits():
-    with pytest.raises(ValueError):
-        ScoreHistogram(4).merge(ScoreHistogram(5).state())
+    for other in (ScoreHistogram(5), ScoreHistogram(4, 7)):
+        with pytest.raises(ValueError):
+            ScoreHistogram(4).merge(other.state())
 
 
 def test_memory_is_bounded():
-    histogram = ScoreHistogram(8)
+    histogram = ScoreHistogram(8, 0)
     table = histogram.table
     for seed in range(20):
         histogram.add(*sort_by_class(*draw("all magnitudes", n=20_000, positives=300, seed=seed)))
@@ -202,8 +241,8 @@ def test_counts_beyond_uint32():
     state = histogram.state()
     neg = state["counts"][:, 1]
     neg[neg > 0] = 3_000_000_000
-    state["header"][3] = 6_000_000_000
-    merged = ScoreHistogram()
+    state["header"][4] = 6_000_000_000
+    merged = ScoreHistogram(exact=0)
     merged.merge(state)
     merged.merge(state)
     N = 12 * 10**9  # half at score 0, half tied with the first of 2 x 2 positives
