@@ -17,6 +17,7 @@ as the mean over the images that hold anomalous pixels (the CAOS code, and so th
 """
 import argparse
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,8 +68,8 @@ def parse():
     g.add_argument("--images", nargs="+", metavar="PATH", help="photographs or folders of them: no metrics, overlays at their own size")
     g.add_argument("--max-side", type=common.whole(32), default=1280, help="photographs: pixels of the longer side as f sees it (ours: 1280)")
     g = p.add_argument_group("hardware")
-    g.add_argument("--batch-size", type=common.whole(), help="images a forward pass (default: 8 on CUDA, else 1)")
-    g.add_argument("--workers", type=common.whole(0), help="loader processes a rank (default: 8 on CUDA, else 0)")
+    g.add_argument("--batch-size", type=common.whole(), default=8, help="images read ahead of f, which sees them one at a time (default: 8)")
+    g.add_argument("--workers", type=common.whole(), help="threads that read them (default: 8 on CUDA, else 1)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
     return p.parse_args()
 
@@ -193,43 +194,37 @@ def evaluate(models, scenes, ignore, args, device):
     N = len(scenes.classes)
     tallies = {label: Tally(args.score, N) for label in models}
     counts, spent = {}, dict(forward=0.0, metrics=0.0)
-    share = range(common.rank(), len(scenes), common.world())
-    workers = (8 if device.type == "cuda" else 0) if args.workers is None else args.workers
-    size = args.batch_size or (8 if device.type == "cuda" else 1)
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(scenes, share), batch_size=size, num_workers=workers,
-                                         collate_fn=list, pin_memory=device.type == "cuda")
 
-    def account(batch, label, scores, top, prediction):
+    def account(item, label, scores, top, prediction):
         begun = time.perf_counter()
-        for b, item in enumerate(batch):
-            Z = item["label"].numpy()
-            ignored = ignore[Z]
-            try:
-                tallies[label].add(item["index"], {k: v[b] for k, v in scores.items()}, top[b], prediction[b], Z, ignored, N)
-            except ValueError as e:
-                raise common.InputError(f"{scenes.name(item['index'])}: {e} under {label}")
-            counts[item["index"]] = dict(anomalous=int((Z == common.ANOMALY).sum()), ignored=int(ignored.sum()), pixels=Z.size,
-                                         size=f"{Z.shape[1]}×{Z.shape[0]}")
+        Z = item["label"].numpy()
+        ignored = ignore[Z]
+        try:
+            tallies[label].add(item["index"], scores, top, prediction, Z, ignored, N)
+        except ValueError as e:
+            raise common.InputError(f"{scenes.name(item['index'])}: {e} under {label}")
+        counts[item["index"]] = dict(anomalous=int((Z == common.ANOMALY).sum()), ignored=int(ignored.sum()), pixels=Z.size,
+                                     size=f"{Z.shape[1]}×{Z.shape[0]}")
         spent["metrics"] += time.perf_counter() - begun
 
-    with ThreadPoolExecutor(1) as pool:
-        waiting = []
-        for loaded in common.progress(loader, "evaluating", unit="batch"):
-            by_size = {}
-            for item in loaded:
-                by_size.setdefault(item["image"].shape, []).append(item)
-            for batch in by_size.values():
-                X = common.to_input(torch.stack([item["image"] for item in batch]), device)
-                for label, fs in models.items():
-                    begun = time.perf_counter()
-                    torch.manual_seed(args.seed * 1_000_003 + batch[0]["index"])   # dropout masks
-                    scores, log_S = anomaly_scores(fs, X, args.score, args)
-                    top, prediction = log_S.max(1)
-                    done = ({k: v.cpu().numpy() for k, v in scores.items()}, top.exp().cpu().numpy(), prediction.to(torch.uint8).cpu().numpy())
-                    spent["forward"] += time.perf_counter() - begun
-                    waiting.append(pool.submit(account, batch, label, *done))
+    cuda, share = device.type == "cuda", range(common.rank(), len(scenes), common.world())
+    with ThreadPoolExecutor(args.workers or (8 if cuda else 1)) as readers, ThreadPoolExecutor(1) as accountant:
+        loading, waiting = deque(), deque()
+        for n in common.progress(range(len(share)), "evaluating", unit="image"):
+            while len(loading) < args.batch_size and n + len(loading) < len(share):
+                loading.append(readers.submit(scenes.__getitem__, share[n + len(loading)]))
+            item = loading.popleft().result()
+            X = common.to_input(item["image"][None], device)   # one image at a time: no number depends on its neighbours
+            for label, fs in models.items():
+                begun = time.perf_counter()
+                torch.manual_seed(args.seed * 1_000_003 + item["index"])   # dropout masks
+                scores, log_S = anomaly_scores(fs, X, args.score, args)
+                top, prediction = log_S[0].max(0)
+                done = ({k: v[0].cpu().numpy() for k, v in scores.items()}, top.exp().cpu().numpy(), prediction.to(torch.uint8).cpu().numpy())
+                spent["forward"] += time.perf_counter() - begun
+                waiting.append(accountant.submit(account, item, label, *done))
             while len(waiting) > 2 * len(models):
-                waiting.pop(0).result()
+                waiting.popleft().result()
         for job in waiting:
             job.result()
     for tally in tallies.values():
@@ -407,6 +402,13 @@ def main():
     if args.unlabeled == "ignore":
         ignore[[common.IGNORED, *common.class_indices(unlabeled, classes, "unlabeled")]] = True
 
+    named = [next((i for i in range(len(scenes)) if scenes.name(i).endswith(n)), n) for n in args.panels]
+    if len(args.panels) == 1 and args.panels[0].isdigit():
+        named = None   # a number of images, chosen when their anomalies are known
+    for n in named or ():
+        if isinstance(n, str):
+            raise common.InputError(f"--panels {n}: no image of the {args.split} split ends in that name")
+
     tallies, counts, spent = evaluate(models, scenes, ignore, args, device)
     if common.rank():
         return
@@ -435,14 +437,7 @@ def main():
     common.say(f"time: forward {spent['forward']:.1f} s, metrics {spent['metrics']:.1f} s beside it "
                f"({100 * spent['metrics'] / max(sum(spent.values()), 1e-9):.0f} % of both)")
 
-    ranked = sorted(order, key=lambda i: -counts[i]["anomalous"])
-    if len(args.panels) == 1 and args.panels[0].isdigit():
-        chosen = ranked[:int(args.panels[0])]
-    else:
-        chosen = [next((i for i in order if scenes.name(i).endswith(n)), n) for n in args.panels]
-        for n in chosen:
-            if isinstance(n, str):
-                raise common.InputError(f"--panels {n}: no image of the {args.split} split ends in that name")
+    chosen = named or sorted(order, key=lambda i: -counts[i]["anomalous"])[:int(args.panels[0])]
     if chosen:
         beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
         draw_panels(beside, scenes, chosen, args.score[0], args, device, out / "panels.png")

@@ -81,7 +81,7 @@ def agrees(row, pooled, per_image, miou):
         assert list(found) == ["aupr", "auroc", "fpr95", "fpr95_first"]
         values = np.array(list(found.values()))
         assert (values > ends.min(0) - 1e-4).all() and (values < ends.max(0) + 1e-4).all(), (values, ends)
-    np.testing.assert_allclose(row["miou"], miou, atol=0.02, rtol=0)
+    np.testing.assert_allclose(row["miou"], miou, atol=0.05, rtol=0)   # a pixel between two classes may fall either way
 
 
 def differs(row, *expected):
@@ -151,7 +151,7 @@ def test_manifest_is_what_the_files_hold(pipeline):
         with np.load(path, allow_pickle=False) as sample:
             S = f(torch.from_numpy(sample["image"]).permute(2, 0, 1)[None] / 255).detach().softmax(1)[0].numpy()
             correct += int(sample["history"][0])
-            left += int(sample["history"][-1])
+            left += int(sample["history"].min())
             flipped += int((S.argmax(0) != sample["y"])[sample["unknown"]].sum())
             confidence.append(S.max(0)[sample["unknown"]])
     figures = json.loads((folder / "aux/manifest.json").read_text())["figures"]["all"]
@@ -188,22 +188,17 @@ def test_evaluate_leaves_out_pixels(pipeline, small, tmp_path):
     assert results["protocol"]["ignored_classes"] == ["car"] and not (tmp_path / "results/panels.png").exists()
 
 
-def test_evaluate_is_the_same_for_any_number_of_processes(pipeline, tmp_path):
-    """torchrun with two processes: the same bytes. Batches of 7: the same numbers, but for ties in the last bit."""
-    args = ("--ckpt", pipeline[0] / "ft.pt", "--score", "msp", "energy", "--panels", 0)
+def test_evaluate_is_the_same_however_it_is_split(pipeline, tmp_path):
+    """torchrun with two processes, batches of 1 and of 7, another number of reading threads: the same bytes."""
+    args = ("--ckpt", pipeline[0] / "ft.pt", "--score", "msp", "energy", "dropout", "--panels", 0)
     found = []
-    for size in (1, 7):
-        run_ok("evaluate.py", *args, "--batch-size", size, "--out", f"b{size}", folder=tmp_path)
-        found.append(json.loads((tmp_path / f"b{size}/results.json").read_text()))
+    for size, threads in ((1, 1), (7, 3)):
+        run_ok("evaluate.py", *args, "--batch-size", size, "--workers", threads, "--out", f"b{size}", folder=tmp_path)
+        found.append((tmp_path / f"b{size}/results.json").read_bytes())
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / "evaluate.py",
                            *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "results/results.json").read_bytes() == (tmp_path / "b1/results.json").read_bytes()
-    for one, seven in zip(found[0]["rows"], found[1]["rows"]):
-        for kind in ("pooled", "per_image"):
-            np.testing.assert_allclose(list(one[kind].values()), list(seven[kind].values()), atol=0.05, rtol=0)
-        assert one["iou"] == pytest.approx(seven["iou"], abs=0.05)
-    assert found[0]["protocol"] == found[1]["protocol"]
+    assert found[0] == found[1] == (tmp_path / "results/results.json").read_bytes()
 
 
 def test_ensemble_is_the_mean_softmax(pipeline, small, tmp_path):
