@@ -527,11 +527,13 @@ def decoded_cache(scenes, folder):
     file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
     folder = Path(folder)
     listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
-    key = hashlib.sha256("\n".join([*listing, scenes.lut.tobytes().hex()]).encode()).hexdigest()[:16]
-    paths = [folder / f"{scenes.data}-{scenes.split}-{key}-{kind}.npy" for kind in ("images", "labels")]
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    of = f"{scenes.data}-{scenes.split}-{digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"   # another root or anomaly: another copy
+    key = digest("\n".join(listing))[:16]
+    paths = [folder / f"{of}-{key}-{kind}.npy" for kind in ("images", "labels")]
     if not all(p.exists() for p in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{scenes.data}-{scenes.split}-*"):
+        for stale in folder.glob(f"{of}-*"):
             stale.unlink()
         H, W = scenes.decode(0)[1].shape
         maps = [np.lib.format.open_memmap(f"{p}.tmp{os.getpid()}", "w+", np.uint8, (len(scenes), H, W) + tail)
@@ -1418,6 +1420,8 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)
     out, epoch, step = Path(args.out), 0, 0
     log_path = out.with_suffix(".jsonl")
+    if len({found for found in gather(fingerprint(out) if out.exists() else None)}) > 1:
+        raise InputError(f"{out}: not the same file on every machine; expected --out in a folder that all of them share")
     if out.exists() and not args.restart:
         checkpoint = load_checkpoint(out)[1]
         epoch, step = adopt(checkpoint, settings, out)
@@ -1456,6 +1460,9 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
         signal.signal(s, lambda number, _: stop.append(number))
 
     def save(epoch, step):
+        if not all(torch.isfinite(p).all() for p in parameters):   # a finite loss can have a step that is not
+            raise InputError(f"the weights are not finite after epoch {epoch}, step {step} (lower --lr?); "
+                             + (f"{out} holds the last good state" if out.exists() else "nothing was saved yet"))
         if rank() == 0:
             save_checkpoint(out, dict(facts, model=f.state_dict(), optimiser=optimiser.state_dict(),
                                       settings=settings, epoch=epoch, step=step))

@@ -72,15 +72,16 @@ def run_ok(*args, **more):
     return done
 
 
-def run_ranks(script, *args, folder, n=2, **more):
-    """The processes of torchrun --nproc-per-node n, all of which have to end well."""
+def run_ranks(script, *args, folder, n=2, folders=None, code=0, **more):
+    """The processes of torchrun --nproc-per-node n, in one folder or each in its own; all have to end with `code`."""
+    folders = folders or [folder] * n
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ps = [start(script, *args, folder=folder, RANK=str(r), LOCAL_RANK=str(r), **env, **more) for r in range(n)]
-    done = [finish(p, folder, r) for r, p in enumerate(ps)]
-    assert [d.code for d in done] == [0] * n, [(d.out, d.err) for d in done]
+    ps = [start(script, *args, folder=f, RANK=str(r), LOCAL_RANK=str(r), **env, **more) for r, f in enumerate(folders)]
+    done = [finish(p, f, r) for r, (p, f) in enumerate(zip(ps, folders))]
+    assert [d.code for d in done] == [code] * n, [(d.out, d.err) for d in done]
     return done[0]
 
 

@@ -570,6 +570,7 @@ def test_decoded_cache_of_another_anomaly(tmp_path):
     scenes = common.Scenes("camvid", root, "train", ["bicyclist"], cache=tmp_path / "cache")
     other = common.Scenes("camvid", root, "train", ["building", "bicyclist"], cache=tmp_path / "cache")
     assert scenes[0]["label"][0, :2].tolist() == [3, 8] and other[0]["label"][0, :2].tolist() == [2, 7]
+    assert len(list((tmp_path / "cache").iterdir())) == 3 * 2, "one took away the copy of another"
 
 
 def test_decoded_cache_of_two_sizes(tmp_path):

@@ -129,6 +129,13 @@ def test_a_batch_too_small_is_refused(tmp_path, signals):
         train(Images(1), tmp_path / "f.pt")
 
 
+def test_a_step_to_weights_that_are_not_finite(tmp_path, signals):
+    """The loss was finite, the step is not: nothing of it is saved."""
+    with pytest.raises(common.InputError, match="weights are not finite after epoch 0, step 1 .*nothing was saved yet"):
+        train(Images(6), tmp_path / "f.pt", lr=1e39)
+    assert not (tmp_path / "f.pt").exists()
+
+
 def test_images_of_different_sizes_are_refused(tmp_path, signals):
     data = Images(2)
     data.items[1] = tuple(v[..., :9] for v in data.items[1])
@@ -267,6 +274,17 @@ def test_full_disk(pretrained, small, tmp_path):
     assert not list((tmp_path / "aux").glob("*.npz")) and not list((tmp_path / "aux").glob(".*"))
     run_ok(*command, folder=tmp_path)
     same(tmp_path / "pretrained.pt", pretrained)
+
+
+def test_machines_without_a_shared_folder(pretrained, small, tmp_path):
+    """Rank 1 does not find the checkpoint that rank 0 continues from: one line, instead of two different runs."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(pretrained, tmp_path / "a/pretrained.pt")
+    run_ranks(*PRETRAIN[:-2], "--epochs", 3, "--root", small / "toy", "--batch-size", 4, folder=None, folders=[tmp_path / "a", tmp_path / "b"], code=1)
+    for folder, rank in (("a", 0), ("b", 1)):
+        assert "pretrained.pt: not the same file on every machine" in (tmp_path / folder / f"stderr{rank}").read_text()
+    assert (tmp_path / "a/pretrained.pt").read_bytes() == pretrained.read_bytes() and not (tmp_path / "b/pretrained.pt").exists()
 
 
 def test_non_finite_loss(pretrained, small, tmp_path):
