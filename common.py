@@ -76,7 +76,7 @@ RECIPES = {  # what differs from the two tables above; toy and camvid are sized 
     "camvid": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8, lr=1e-3,
                          crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
-        "mgu": dict(per_class=30, batch_size=8),
+        "mgu": dict(per_class=20, batch_size=8),
         "finetune": dict(batch_size=8)},
     "toy": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=2e-3,

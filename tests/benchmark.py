@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -137,19 +138,49 @@ def bench_metrics(small=False):
 # ─────────────────────────────────────────────────── mgu ───────────────────────────────────────────────────
 
 def literal_mgu(f, X, I, y, step, eta, max_steps):
-    """Algorithm 1 for one image, line by line; the baseline. Returns X' in grey levels and |P_ỹ| of each iteration."""
+    """Algorithm 1 for one image, line by line; the baseline. Returns the X' of the smallest |P_ỹ|, in grey levels, and
+    |P_ỹ| of each iteration."""
     X_aux, history = X.clone(), []
     while True:
         X_aux.requires_grad_(True)
         S = f(X_aux[None] / 255).softmax(1)[0]
         P = I & (S.argmax(0) == y)
         history.append(int(P.sum()))
+        if history[-1] < min(history[:-1], default=math.inf):
+            best = X_aux.detach()
         if history[-1] == 0 or len(history) > max_steps:
-            return X_aux.detach(), history
+            return best, history
         gradient, = torch.autograd.grad(S[y][P].mean(), X_aux)
         X_aux = X_aux.detach()
         moved = eta * gradient.sign() if step == "sign" else eta * 255**2 * gradient
         X_aux = torch.where(P, (X_aux - moved).clamp(0, 255), X_aux)
+
+
+class NoiseScenes:
+    """What mgu_generate.generate() uses of common.Scenes: images of noise, made when asked for, labelled y everywhere."""
+    root, classes = "/", [f"class {c}" for c in range(12)]
+
+    def __init__(self, shape, y):
+        self.shape, self.y = shape, y
+
+    def __getitem__(self, i):
+        image = np.random.default_rng(i).integers(0, 256, (3, *self.shape), np.uint8)
+        return dict(image=torch.from_numpy(image), label=torch.full(self.shape, self.y, dtype=torch.uint8))
+
+    def name(self, i):
+        return f"/{i}.png"
+
+
+def run_mgu(images, batch_size, shape):
+    """MiB above the imports that generate() takes at its peak for so many images, 3 iterations each."""
+    torch.manual_seed(0)
+    f = common.Segmenter("deeplabv3", "mobilenet_v3_large", 12).eval()
+    y = int(f(common.to_input(NoiseScenes(shape, 0)[0]["image"][None])).argmax(1).mode().values.mode().values)
+    imported = memory(False)
+    with tempfile.TemporaryDirectory() as folder:
+        mgu_generate.generate(f, NoiseScenes(shape, y), [(y, i) for i in range(images)], Path(folder), argparse.Namespace(
+            batch_size=batch_size, step="sign", step_size=1.0, double_every=0, max_steps=3), torch.device("cpu"))
+    return memory() - imported
 
 
 def bench_mgu(args, device):
@@ -190,6 +221,9 @@ def bench_mgu(args, device):
     X = jobs[0][1]
     per_image = 2 * common.forward_tflop(f, *X.shape[1:])   # forward, and as much again for the gradient of the input
     tflops = per_image * sum(len(h) for _, h in fast.values()) / t_fast
+    for images, batch_size in ((16, 4), (64, 4), (64, 8)):
+        peak = in_fresh_process(run_mgu, images // (8 if args.small else 1), batch_size, (54, 96) if args.small else (180, 240))
+        print(f"  peak memory on a CPU above the imports, {images} images at --batch-size {batch_size}: {peak:.0f} MiB", flush=True)
     print(f"  ratio engine : literal, median of {len(ratios)}: {statistics.median(ratios):.2f}×; {tflops:.3f} TFLOP/s{common.share_of_peak(tflops, device)}"
           f"\n  same number of iterations in {sum(same)} of {len(same)} images; largest mean difference of X' {apart:.4f} grey levels")
 
