@@ -1047,8 +1047,9 @@ class ScoreHistogram:
     def _reserve(self, tops):
         """Give the groups of all `tops` a row; coarsen until they fit."""
         while True:
-            new = np.unique(self.group[tops])
-            new = new[self.row[new] < 0]
+            wanted = np.zeros(len(self.row), bool)
+            wanted[self.group[tops]] = True
+            new = np.flatnonzero(wanted & (self.row < 0))
             if len(new) <= len(self.free):
                 break
             self._coarsen()
