@@ -5,13 +5,14 @@
     in     pretrained.pt (--ckpt) and the auxiliary set (--aux) that was made from it
     out    ft.pt, ft.jsonl, ft.png    as pretrain.py writes them
 
-    python finetune.py                                    # L_ER, α = 0.05, after python mgu_generate.py
-    python finetune.py --loss kl --alpha 0.05 --out ft_kl.pt
+    python finetune.py                                    # after python mgu_generate.py; the paper's L_ER and α = 0.05 on
+                                                          # streethazards and bdd, L_KL and α = 0.3 on toy and camvid
+    python finetune.py --loss kl --alpha 0.05 --no-mix-clean --out ft_kl.pt
     python finetune.py --known-unknown car fence pole --out ft_known.pt    # pilot study (Sec. IV-C): D_s = pixels of these classes
     torchrun --nproc-per-node 8 finetune.py
 
 Controls, which the paper lacks: --alpha 0 (L_k alone on the auxiliary images), --images clean --alpha 0 (L_k alone
-on the images they were made from), --images noise (the perturbation shuffled over I_ỹ, which is then D_s: the same
+on the images they were made from; with --mix-clean twice as many steps), --images noise (the perturbation shuffled over I_ỹ, which is then D_s: the same
 RMS but for clipping, no direction; to be set beside --unknown all). A run that was stopped or killed continues when the same command is given again.
 """
 import argparse
@@ -34,12 +35,13 @@ def parse():
     g.add_argument("--unknown", choices=("flipped", "all"), help="D_s: the pixels of I_ỹ that flipped, or all of I_ỹ (ours: flipped)")
     g.add_argument("--images", choices=("aux", "clean", "noise"), help="X', the X it was made from, or X with X' − X shuffled "
                    "over I_ỹ; the last two are controls (default: aux)")
-    g.add_argument("--mix-clean", action="store_true", help="add the clean X of every sample, without D_s, to the set")
+    g.add_argument("--mix-clean", action=argparse.BooleanOptionalAction, help="add the clean X of every sample, without D_s, to the set "
+                   "(ours: no; toy, camvid: yes)")
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS", help="no auxiliary set: D_s is the pixels of these classes "
                    "in the training images, and the other pixels are D_k (Sec. IV-C)")
     g = p.add_argument_group("objective (Eq. 5)")
-    g.add_argument("--loss", choices=("er", "kl"), help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best)")
-    g.add_argument("--alpha", type=common.real(0), help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A)")
+    g.add_argument("--loss", choices=("er", "kl"), help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: kl)")
+    g.add_argument("--alpha", type=common.real(0), help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3)")
     common.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)")
     return p.parse_args()
 

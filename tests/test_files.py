@@ -350,9 +350,23 @@ def test_resolve_takes_flag_then_recipe_then_paper():
     args = SimpleNamespace(**dict.fromkeys(names))
     args.lr = 3e-4
     told = common.resolve(args, "finetune", "camvid", "pspnet")
-    assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss) == (3e-4, 8, 30, 0.05, "er")
-    for part in ("lr 0.0003 (flag)", "batch-size 8 (recipe)", "epochs 30 (paper)", "bn train (ours)"):
+    assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss, args.mix_clean) == (3e-4, 8, 30, 0.3, "kl", True)
+    for part in ("lr 0.0003 (flag)", "batch-size 8 (recipe)", "epochs 30 (paper)", "alpha 0.3 (recipe)", "bn train (ours)"):
         assert part in told
+
+
+@pytest.mark.parametrize("data", ("streethazards", "bdd"))
+def test_the_papers_datasets_have_the_papers_settings(data):
+    """Sec. IV-A: Adam with 1e-4, 1000 epochs, batches of 256; 300 images a class; 10 and 30 epochs, α = 0.05, L_ER."""
+    expected = dict(pretrain=dict(epochs=1000, batch_size=256, lr=1e-4), mgu=dict(per_class=300),
+                    finetune=dict(epochs=10, batch_size=256, lr=1e-4, alpha=0.05, loss="er", mix_clean=False))
+    for stage, values in expected.items():
+        for arch, epochs in (("deeplabv3", 10), ("pspnet", 30)):
+            args = SimpleNamespace(**dict.fromkeys({**common.PAPER[stage], **common.OURS[stage]}))
+            common.resolve(args, stage, data, arch)
+            if stage == "finetune":
+                values["epochs"] = epochs
+            assert {k: getattr(args, k) for k in values} == values
 
 
 # ─────────────────────────────────────────── segmentation metrics ───────────────────────────────────────────

@@ -335,7 +335,7 @@ def test_finetuning_killed_and_continued(small, aux, tmp_path):
     assert interrupt((*command, "--save-every", 0), tmp_path, "ft", moments) >= 2
     run_ok(*command, folder=tmp_path)
     same(tmp_path / "ft.pt", tmp_path / "whole.pt")
-    one_line(run(*command, "--alpha", 0.5, folder=tmp_path), "alpha 0.05, this run has 0.5")
+    one_line(run(*command, "--alpha", 0.5, folder=tmp_path), "alpha 0.3, this run has 0.5")
     one_line(run(*command, "--loss", "er", folder=tmp_path), "loss kl, this run has er")
 
 
