@@ -1314,7 +1314,7 @@ def cli(main):
     try:
         main()
     except torch.cuda.OutOfMemoryError:
-        tqdm.write("error: out of GPU memory: lower --batch-size (mgu_generate, evaluate) or --micro-batch (training)", file=sys.stderr)
+        tqdm.write("error: out of GPU memory: lower --batch-size (mgu_generate) or --micro-batch (training), or use smaller images", file=sys.stderr)
         os._exit(1)
     except (InputError, OSError) as e:
         # An error inside a loader worker arrives with that worker's traceback: its last part is ours
