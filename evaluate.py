@@ -308,13 +308,16 @@ def draw_curves(rows, tallies, path):
     plt = pyplot()
     fig, (pr, roc) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     highest = 0.01
-    for row in rows:
+    kinds = [list(dict.fromkeys(row[k] for row in rows)) for k in ("model", "score")]
+    for row in rows:   # a colour for each score and a line style for each model; with one score, a colour for each model
+        m, k = (values.index(row[key]) for values, key in zip(kinds, ("model", "score")))
+        style = dict(color=f"C{k}", ls=("-", "--", ":", "-.")[m % 4]) if len(kinds[1]) > 1 else dict(color=f"C{m}")
         histogram = tallies[row["model"]].histograms[row["score"]]
         recall, precision, fpr = histogram.curve()
         label = f"{row['model']}, {row['score']}"
         highest = max(highest, precision[recall > 0.02].max())   # the first few pixels may have any precision
-        pr.plot(recall, precision, label=f"{label}: AUPR {row['pooled']['aupr']:.1f}")
-        roc.plot(fpr, recall, label=f"{label}: AUROC {row['pooled']['auroc']:.1f}")
+        pr.plot(recall, precision, **style, label=f"{label}: AUPR {row['pooled']['aupr']:.1f}")
+        roc.plot(fpr, recall, **style, label=f"{label}: AUROC {row['pooled']['auroc']:.1f}")
     pr.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, min(1, 1.2 * highest)))
     roc.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1))
     roc.axhline(0.95, color="grey", lw=0.6, ls=":")
