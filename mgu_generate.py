@@ -43,7 +43,7 @@ def parse():
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
     p.add_argument("--ckpt", default="pretrained.pt", help="checkpoint of pretrain.py: f, frozen (default: pretrained.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
-    p.add_argument("--per-class", type=common.whole(), help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 3, camvid: 20)")
+    p.add_argument("--per-class", type=common.whole(), help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 2, camvid: 20)")
     p.add_argument("--step", choices=("sign", "plain"), help="X' − η·sign(∇L), η in grey levels, or X' − η∇L for images "
                    "in [0, 1] as in Algorithm 1, line 7 (ours: sign)")
     p.add_argument("--step-size", type=common.real(0, above=True), metavar="η", help="η (ours: 1 grey level for sign, 5 for plain)")
