@@ -1422,7 +1422,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)
     out, epoch, step = Path(args.out), 0, 0
     log_path = out.with_suffix(".jsonl")
-    if len({found for found in gather(fingerprint(out) if out.exists() else None)}) > 1:
+    if len(set(gather(fingerprint(out) if out.exists() else None))) > 1:
         raise InputError(f"{out}: not the same file on every machine; expected --out in a folder that all of them share")
     if out.exists() and not args.restart:
         checkpoint = load_checkpoint(out)[1]

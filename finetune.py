@@ -12,8 +12,9 @@
     torchrun --nproc-per-node 8 finetune.py
 
 Controls, which the paper lacks: --alpha 0 (L_k alone on the auxiliary images), --images clean --alpha 0 (L_k alone
-on the images they were made from; with --mix-clean twice as many steps), --images noise (the perturbation shuffled over I_ỹ, which is then D_s: the same
-RMS but for clipping, no direction; to be set beside --unknown all). A run that was stopped or killed continues when the same command is given again.
+on the images they were made from; with --mix-clean twice as many steps), --images noise (the perturbation shuffled
+over I_ỹ, which is then D_s: the same RMS but for clipping, no direction; to be set beside --unknown all). A run that
+was stopped or killed continues when the same command is given again.
 """
 import argparse
 from pathlib import Path
