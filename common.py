@@ -29,6 +29,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -191,7 +192,8 @@ class Segmenter(nn.Module):
         return self.head(self.backbone((X - self.mean) / self.std)["out"])
 
     def forward(self, X):
-        return F.interpolate(self.classifier(self.features(X)), X.shape[-2:], mode="bilinear", align_corners=False)
+        # In float32 under autocast too: CUDA sums the gradient of an upsampling in the type of its output
+        return F.interpolate(self.classifier(self.features(X)).float(), X.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def stride_16_to_8(backbone):
@@ -479,6 +481,11 @@ class Scenes(torch.utils.data.Dataset):
     def name(self, i):
         return str(self.pairs[i][0])
 
+    def identity(self):
+        """"n images, digest" of the files' names under the root and their sizes: the same data has it wherever it lies."""
+        listing = [f"{os.path.relpath(p, self.root)} {os.stat(p).st_size}" for pair in self.pairs for p in pair]
+        return f"{len(self)} images, {hashlib.sha256(chr(10).join(listing).encode()).hexdigest()[:16]}"
+
     def decode(self, i):
         """(image uint8 (H, W, 3), label uint8 (H, W)) at full size, from the files."""
         image, ids = read_image(self.pairs[i][0]), read_label(self.pairs[i][1])
@@ -492,7 +499,8 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        image, label = (self.cached[0][i], self.cached[1][i]) if self.cached else self.decode(i)
+        # The maps are opened for every item: as attributes they would be copied whole into loader processes that are not forked
+        image, label = (np.load(p, "r", allow_pickle=False)[i] for p in self.cached) if self.cached else self.decode(i)
         if self.crop:
             image, label = augment(image, label, self.crop, self.scale, np.random.default_rng([self.seed, epoch, i]))
         item = dict(image=torch.tensor(image).permute(2, 0, 1), label=torch.tensor(label), index=i)
@@ -504,7 +512,8 @@ class Scenes(torch.utils.data.Dataset):
 def augment(image, label, crop, scale, rng):
     """Random scale, crop and flip, in one resampling of the window (image bilinear, label nearest).
 
-    ASSUMPTION: the architecture papers' choice (DeepLabv3: scale 0.5 to 2, crop, flip); the paper names none."""
+    ASSUMPTION: DeepLabv3's choice (scale 0.5 to 2, crop, flip); the scale is uniform in its logarithm, and outside the
+    image is grey 114 and ignored. The paper names none."""
     s = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
     size = [max(1, round(c / s)) for c in crop]           # the window in source pixels
     window = []
@@ -524,8 +533,8 @@ def augment(image, label, crop, scale, rng):
 
 
 def decoded_cache(scenes, folder):
-    """(images uint8 (n, H, W, 3), labels uint8 (n, H, W)), memory-mapped; written once, and again when a source
-    file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
+    """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
+    source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
     folder = Path(folder)
     listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
@@ -534,27 +543,28 @@ def decoded_cache(scenes, folder):
     paths = [folder / f"{of}-{key}-{kind}.npy" for kind in ("images", "labels")]
     if not all(p.exists() for p in paths):
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{of}-*"):
-            stale.unlink()
+        old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]   # of a killed run; a young one may be another run's
+        for stale in [*folder.glob(f"{of}-*"), *old]:
+            stale.unlink(missing_ok=True)
         H, W = scenes.decode(0)[1].shape
-        maps = [np.lib.format.open_memmap(f"{p}.tmp{os.getpid()}", "w+", np.uint8, (len(scenes), H, W) + tail)
-                for p, tail in zip(paths, ((3,), ()))]
-        for p in paths if hasattr(os, "posix_fallocate") else ():   # a full disk is an error here, not a crash on a later write
-            with open(f"{p}.tmp{os.getpid()}", "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(replacing(p)) for p in paths]
+            maps = [np.lib.format.open_memmap(p, "w+", np.uint8, (len(scenes), H, W) + tail) for p, tail in zip(files, ((3,), ()))]
+            for p in files if hasattr(os, "posix_fallocate") else ():   # a full disk is an error here, not a crash on a later write
+                with open(p, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(p))
 
-        def put(i):
-            image, label = scenes.decode(i)
-            if label.shape != (H, W):
-                raise InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is {W}×{H}; "
-                                 "--cache expects one size: leave it out")
-            maps[0][i], maps[1][i] = image, label
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
-        for m, p in zip(maps, paths):
-            m.flush()
-            os.replace(f"{p}.tmp{os.getpid()}", p)
-    return [np.load(p, mmap_mode="r", allow_pickle=False) for p in paths]
+            def put(i):
+                image, label = scenes.decode(i)
+                if label.shape != (H, W):
+                    raise InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is {W}×{H}; "
+                                     "--cache expects one size: leave it out")
+                maps[0][i], maps[1][i] = image, label
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
+            for m in maps:
+                m.flush()
+    return paths
 
 
 def default_root(data, root):
@@ -1218,11 +1228,18 @@ def world():
 
 def setup(device=None, tf32=False):
     """The device of this process, and whether CUDA may round float32 products to TF32; joins torchrun's group (control messages over gloo, gradients over NCCL)."""
-    use_cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
+        raise InputError(f"--device {device}: expected cuda, cuda:1 (or another number) or cpu")
+    use_cuda = torch.cuda.is_available() if device is None else device != "cpu"
     if use_cuda and not torch.cuda.is_available():
         raise InputError(f"--device {device}: this torch {torch.__version__} sees no GPU; expected --device cpu")
     if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device in (None, "cuda") else torch.device(device)
+        if world() > 1 and device not in (None, "cuda"):
+            raise InputError(f"--device {device}: torchrun gives every process a GPU of its own; expected --device cuda")
+        device = torch.device(device if device and ":" in device else f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs; expected "
+                             "a lower number, or --nproc-per-node of that many at most")
         torch.cuda.set_device(device)
         # TF32 (10-bit mantissa) where gradients are noisy anyway; full float32 where flips and scores are decided
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -1264,7 +1281,7 @@ def gather(value):
 
 
 def gather_first(make):
-    """[make() of every rank] on rank 0, one rank at a time on the way; [make()] elsewhere."""
+    """[make() of every rank] on rank 0; [make()] elsewhere."""
     if not torch.distributed.is_initialized():
         return [make()]
     values = [None] * world() if rank() == 0 else None
@@ -1324,6 +1341,16 @@ def cli(main):
         if torch.distributed.is_initialized():
             os._exit(1)   # the other ranks wait in a collective: do not join them in its destructor
         sys.exit(1)
+    except RuntimeError as e:
+        if "DataLoader worker" in str(e):
+            tqdm.write(f"error: {str(e).splitlines()[0]}: a loader process ended, most likely for want of memory: lower --workers or "
+                       "--batch-size, or give the container more shared memory", file=sys.stderr)
+        elif torch.distributed.is_initialized() and re.search("(closed|reset) by peer|NCCL|connection was", str(e), re.I):
+            tqdm.write(f"error: process {rank()} stopped, most likely because another one did ({str(e).splitlines()[0][:200]})", file=sys.stderr)
+        else:
+            raise
+        sys.stderr.flush()
+        os._exit(1)
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -1339,19 +1366,19 @@ def training_flags(parser, epochs_help):
     g = parser.add_argument_group("training (Sec. IV-A)")
     g.add_argument("--epochs", type=whole(), help=epochs_help)
     g.add_argument("--batch-size", type=whole(2), help="images a step, over all devices (paper: 256; toy, camvid: 8)")
-    g.add_argument("--lr", type=real(0, above=True), help="learning rate of Adam (paper: 1e-4; toy, camvid: 1e-3 in pretraining)")
+    g.add_argument("--lr", type=real(0, above=True), help="learning rate of Adam (paper: 1e-4; in pretraining, toy: 2e-3, camvid: 1e-3)")
     g.add_argument("--schedule", choices=("constant", "poly"), help="learning rate over the steps; poly is lr·(1 − t/T)^0.9, "
                    "DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
     g.add_argument("--seed", type=whole(0), default=0, help="seed of every random number (ours: 0)")
     g.add_argument("--bn", choices=("train", "frozen"),
                    help="batch norm: statistics of the micro-batch, or the running ones, not updated (ours: train)")
-    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding and batch-norm statistics)")
-    g.add_argument("--micro-batch", type=whole(2), help="images a forward pass and device (default: all of the device's "
-                   "share, halved while CUDA runs out of memory; at most 16 on a CPU)")
+    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics and dropout masks)")
+    g.add_argument("--micro-batch", type=whole(2), help="images a forward pass and device (default: 32 on CUDA, "
+                   "halved where they do not fit its memory, and 16 on a CPU)")
     g.add_argument("--precision", choices=("float32", "bf16"), help="autocast of the forward pass (default: bf16 on CUDA, else float32)")
     g.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs (torchrun; give --micro-batch)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--workers", type=whole(0), help="loader processes a rank (default: 8 on CUDA, else 0)")
+    g.add_argument("--workers", type=whole(0), help="loader processes a rank, each of which keeps one batch in shared memory (default: 8 on CUDA, else 0)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
     g = parser.add_argument_group("files")
     g.add_argument("--save-every", type=real(0), default=5.0, help="minutes between checkpoints inside an epoch (default: 5)")
@@ -1450,11 +1477,11 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     net = torch.compile(f) if args.compile else f
     parameters = [p for p in f.parameters() if p.requires_grad]
     dtype = torch.bfloat16 if (args.precision or ("bf16" if cuda else "float32")) == "bf16" else torch.float32
-    micro = args.micro_batch or (len(data) if cuda else 16)
+    micro = args.micro_batch or (32 if cuda else 16)
     workers = (8 if cuda else 0) if args.workers is None else args.workers
     loader = iter(torch.utils.data.DataLoader(
         data, batch_sampler=epoch_batches(len(data), args.batch_size, args.seed, epoch, step, args.epochs),
-        num_workers=workers, pin_memory=cuda, prefetch_factor=4 if workers else None, collate_fn=collate,
+        num_workers=workers, pin_memory=cuda, prefetch_factor=1 if workers else None, collate_fn=collate,
         worker_init_fn=ignore_signals))
 
     stop = []     # the signal that asks to save and leave
@@ -1518,11 +1545,11 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
             loss = torch.zeros((), device=device)
             try:
                 # at least 2 images in every part: batch norm after a 1×1 pooling cannot do with one
-                for part in torch.arange(len(label)).tensor_split(min(-(-len(label) // micro), len(label) // 2)):
+                parts = min(-(-len(label) // micro), len(label) // 2)
+                for X, Z, D_s in zip(*(t.tensor_split(parts) for t in (image, label, unknown))):
                     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        logits = net(to_input(image[part], device))
-                    part_loss = objective(logits, label[part].to(device), unknown[part].to(device),
-                                          args.alpha, args.loss, n_k, n_s)
+                        logits = net(to_input(X, device))
+                    part_loss = objective(logits, Z.to(device), D_s.to(device), args.alpha, args.loss, n_k, n_s)
                     part_loss.backward()
                     loss += part_loss.detach()
                 break
@@ -1534,13 +1561,14 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
                 torch.cuda.empty_cache()
                 print(f"rank {rank()}: out of GPU memory, going on with --micro-batch {micro}", flush=True)
         if world() > 1:
-            flat = all_sum(torch.cat([p.grad.reshape(-1) for p in parameters] + [loss.view(1)]))
-            for p, g in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
-                p.grad.copy_(g.view_as(p.grad))
-            for name, b in f.named_buffers():   # ASSUMPTION: the running averages are the mean over the ranks
-                if "running_" in name:
-                    all_sum(b).div_(world())
-            loss = flat[-1]
+            # ASSUMPTION: the running averages of batch norm are the mean over the ranks
+            averages = [b for name, b in f.named_buffers() if "running_" in name and args.bn == "train"]
+            tensors = [loss, *(p.grad for p in parameters), *averages]
+            flat = all_sum(torch.cat([t.reshape(-1) for t in tensors]))
+            for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(summed.view_as(t))
+            for b in averages:
+                b.div_(world())
         for group in optimiser.param_groups:
             group["lr"] = args.lr * ((1 - (epoch * n_steps + step) / (args.epochs * n_steps))**0.9 if args.schedule == "poly" else 1)
         optimiser.step()

@@ -263,6 +263,7 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
         for i in chosen:
             X = common.to_input(scenes[i]["image"][None], device)
             for label, fs in models.items():
+                torch.manual_seed(args.seed * 1_000_003 + i)   # the dropout masks of the evaluation
                 maps[i, label] = anomaly_scores(fs, X, [name], args)[0][name][0].cpu().numpy()
     if name in ("msp", "dropout", "crf"):   # drawn as 1 − max S
         maps = {k: np.exp(v) for k, v in maps.items()}
@@ -393,7 +394,7 @@ def main():
 
     data = args.data or checkpoint["data"]
     with common.first_rank_first():
-        root = common.default_root(data, args.root or (checkpoint["root"] if data == checkpoint["data"] else None))
+        root = args.root or common.default_root(data, checkpoint["root"] if data == checkpoint["data"] else None)
         scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if data == checkpoint["data"] else None)
     if scenes.classes != classes:
         raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; the checkpoint {', '.join(classes)}")

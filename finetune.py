@@ -98,9 +98,9 @@ def main():
     if args.known_unknown:
         unknown = common.class_indices(args.known_unknown, checkpoint["classes"], "--known-unknown")
         with common.first_rank_first():
-            data = common.Scenes(checkpoint["data"], common.default_root(checkpoint["data"], root), "train",
+            data = common.Scenes(checkpoint["data"], args.root or common.default_root(checkpoint["data"], root), "train",
                                  checkpoint["anomaly"], unknown=unknown)
-        aux = None
+        aux = data.identity()
     else:
         data = AuxiliarySet(args.aux, root, args.seed, args.unknown, args.images, args.mix_clean)
         made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)

@@ -147,8 +147,10 @@ def predict(f, image, device):
 
 
 def generate(f, scenes, jobs, out, args, device):
-    """Run Algorithm 1 for `jobs` [(class, image index)] and write one .npz each. D_s ("unknown") is measured on what
-    is stored: the pixels that f gets right on X and no longer on the 8-bit X'."""
+    """Run Algorithm 1 for `jobs` [(class, image index)] and write one .npz each.
+
+    ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X'. The other
+    pixels of I_ỹ stay in D_k with the label ỹ, the few that moved without flipping among them."""
     def inputs():
         for y, i in jobs:
             item = scenes[i]
@@ -248,7 +250,7 @@ def main():
     if args.step == "sign" and args.step_size % 1:
         raise common.InputError(f"--step-size {args.step_size}: sign steps are whole grey levels, expected 1, 2, …")
     with common.first_rank_first():
-        root = common.default_root(checkpoint["data"], args.root or checkpoint["root"])
+        root = args.root or common.default_root(checkpoint["data"], checkpoint["root"])
         scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
         jobs = choose(scenes, args.per_class, args.seed)
     if not jobs:
@@ -258,7 +260,7 @@ def main():
     common.say(common.about_run(device, f))
 
     out = Path(args.out)
-    settings = dict(ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], per_class=args.per_class, step=args.step,
+    settings = dict(ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(), per_class=args.per_class, step=args.step,
                     step_size=args.step_size, double_every=args.double_every, max_steps=args.max_steps, seed=args.seed, min_pixels=MIN_PIXELS)
     with common.first_rank_first():
         if common.rank() == 0:

@@ -36,7 +36,10 @@ def parse():
     common.training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)")
     p.add_argument("--val-every", type=common.whole(), help="epochs between validations (default: a fiftieth of --epochs)")
     p.add_argument("--out", default="pretrained.pt", help="checkpoint to write (default: pretrained.pt)")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.scale and args.scale[0] > args.scale[1]:
+        p.error(f"argument --scale: LOW {args.scale[0]} is above HIGH {args.scale[1]}")
+    return args
 
 
 def main():
@@ -56,7 +59,7 @@ def main():
     common.say(f"{args.data} at {args.root}: {len(scenes)} training and {len(val)} validation images, N = {len(scenes.classes)}")
 
     names = ("data", "anomaly", "arch", "backbone", "weights", "epochs", "batch_size", "lr", "crop", "scale", "schedule", "bn", "seed")
-    settings = {n: getattr(args, n) for n in names}
+    settings = dict({n: getattr(args, n) for n in names}, dataset=scenes.identity())
     facts = dict(stage="pretrain", arch=args.arch, backbone=args.backbone, classes=list(scenes.classes), data=args.data,
                  root=args.root, anomaly=args.anomaly)
     common.train(f, scenes, args, device, settings, facts,

@@ -333,7 +333,7 @@ def test_help(script, tmp_path):
 def test_values_out_of_range(tmp_path):
     for script, *wrong in (("finetune.py", "--alpha", "-0.1"), ("finetune.py", "--alpha", "nan"), ("finetune.py", "--lr", "0"),
                            ("mgu_generate.py", "--step-size", "inf"), ("mgu_generate.py", "--step", "cube"), ("pretrain.py", "--data", "kitti"),
-                           ("pretrain.py", "--crop", "64"), ("evaluate.py", "--score", "magic")):
+                           ("pretrain.py", "--crop", "64"), ("pretrain.py", "--scale", "2", "0.5"), ("evaluate.py", "--score", "magic")):
         done = run(script, *wrong, folder=tmp_path)
         assert done.code == 2 and wrong[0] in done.err and "Traceback" not in done.err, done.err
 
@@ -364,6 +364,7 @@ def test_mistakes_are_one_line(aux, small, tmp_path):
             ("pretrain.py", *tiny, "--weights", "nowhere.pth", "nowhere.pth"),
             ("pretrain.py", *tiny, "--weights", ckpt, "mobilenet_v3_large"),
             ("pretrain.py", *tiny, "--anomaly", "car", "--anomaly"),
+            ("pretrain.py", *tiny, "--device", "gpu", "--device gpu: expected cuda"),
             ("pretrain.py", *tiny, "--out", "file/p.pt", "file"),
             ("mgu_generate.py", "--ckpt", "nowhere.pt", "nowhere.pt: no such file"),
             ("mgu_generate.py", "--ckpt", "text.pt", "text.pt"),
@@ -372,6 +373,7 @@ def test_mistakes_are_one_line(aux, small, tmp_path):
             ("mgu_generate.py", "--ckpt", "fewer.pt", "5 classes"),
             ("mgu_generate.py", "--ckpt", "model.pt", "model.pt: not a checkpoint"),
             ("mgu_generate.py", "--ckpt", ckpt, "--root", "empty", "empty"),
+            ("mgu_generate.py", "--ckpt", ckpt, "--root", "nowhere", "nowhere: not the layout of toy"),
             ("mgu_generate.py", "--ckpt", ckpt, "--out", "file", "file"),
             ("mgu_generate.py", "--ckpt", ckpt, "--step-size", "0.5", "whole grey levels"),
             (*tune, "--aux", "nowhere", "nowhere/manifest.json"),
@@ -379,14 +381,28 @@ def test_mistakes_are_one_line(aux, small, tmp_path):
             (*tune, "--aux", "torn", "not an auxiliary sample"),
             ("finetune.py", "--ckpt", "other.pt", "--aux", aux, "another checkpoint"),
             (*tune, "--known-unknown", "zebra", "--known-unknown zebra"),
+            (*tune, "--known-unknown", "car", "--root", "nowhere", "nowhere: not the layout of toy"),
             (*tune, "--aux", aux, "--out", "file/ft.pt", "file"),
             ("evaluate.py", "ft.pt: no such file"),
             ("evaluate.py", "--ckpt", ckpt, "--baseline", "nowhere.pt", "nowhere.pt"),
             ("evaluate.py", "--ckpt", ckpt, "--baseline", ckpt, "its name is taken"),
             ("evaluate.py", "--ckpt", ckpt, "--data", "camvid", "--root", "empty", "empty"),
             ("evaluate.py", "--ckpt", ckpt, "--ignore-classes", "zebra", "--ignore-classes zebra"),
+            ("evaluate.py", "--ckpt", ckpt, "--root", "nowhere", "nowhere: not the layout of toy"),
             ("evaluate.py", "--ckpt", ckpt, "--images", "bad.jpg", "bad.jpg"),
             ("evaluate.py", "--ckpt", ckpt, "--images", "empty", "empty"),
             ("evaluate.py", "--ckpt", ckpt, "--panels", "nope.png", "nope.png"),
             ("evaluate.py", "--ckpt", ckpt, "--out", "file", "file")):
         one_line(run(script, *args, folder=tmp_path), part)
+    assert not (tmp_path / "nowhere").exists(), "toy data was written to a mistyped folder"
+
+
+def test_a_mistake_of_one_process_is_one_line_in_each(small, tmp_path):
+    """Rank 1 does not find the data: it says so, and rank 0, whose connection breaks, ends without a traceback."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a/toy").symlink_to(small / "toy")
+    run_ranks("evaluate.py", "--ckpt", small / "pretrained.pt", "--root", "toy", folder=None, folders=[tmp_path / "a", tmp_path / "b"], code=1)
+    said = [(tmp_path / f / f"stderr{r}").read_text() for f, r in (("a", 0), ("b", 1))]
+    assert "toy: not the layout of toy" in said[1] and "process 0 stopped" in said[0]
+    assert not any("Traceback" in s for s in said)

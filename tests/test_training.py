@@ -249,6 +249,10 @@ def test_finished_changed_longer_and_restarted_runs(pretrained, small, tmp_path)
                          ("--bn", "frozen", "bn train, this run has frozen"), ("--epochs", 1, "epochs 2, this run has 1"),
                          ("--crop", 32, 64, "crop (32, 48), this run has (32, 64)"), ("--arch", "pspnet", "arch deeplabv3, this run has pspnet")):
         one_line(run(*command, *flags, folder=tmp_path), "pretrained.pt", said, "--restart")
+    shutil.copytree(small / "toy", tmp_path / "fewer")
+    for folder in ("images", "annotations"):
+        next((tmp_path / "fewer/train" / folder / "training").rglob("*0.png")).unlink()
+    one_line(run(*command[:-1], tmp_path / "fewer", folder=tmp_path), "pretrained.pt", "dataset 6 images", "this run has 5 images")
     assert (tmp_path / "pretrained.pt").read_bytes() == before
 
     # one epoch, then two: as two at once
