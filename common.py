@@ -105,7 +105,7 @@ def resolve(args, stage, data, arch=None):
             value = value[arch] if name == "epochs" else value[args.step]
         setattr(args, name, value)
         told.append(f"{name.replace('_', '-')} {value} ({source})")
-    return "settings: " + " · ".join(told)
+    return "settings: " + " · ".join([*told, f"seed {args.seed}"])
 
 
 def whole(low=1):
@@ -1388,8 +1388,8 @@ def training_flags(parser, epochs_help):
 def epoch_batches(n, batch_size, seed, epoch, step, epochs):
     """Yields, for every step from (epoch, step) on, this rank's share [(epoch, i), …] of the global batch.
 
-    Without padding and without duplicates; each epoch is a new permutation, and the images left over by
-    whole batches wait for another epoch. A data set smaller than a batch is one batch."""
+    Without padding and without duplicates. ASSUMPTION: each epoch is a new permutation, and the images left over
+    by whole batches wait for another epoch. A data set smaller than a batch is one batch."""
     batch_size = min(batch_size, n)
     while epoch < epochs:
         order = np.random.default_rng([seed, epoch]).permutation(n)
@@ -1446,7 +1446,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
         raise InputError(f"a batch of {min(args.batch_size, len(data))} images is too small for {world()} processes: "
                          "batch norm on the pooled branch needs 2 images each")
     cuda = device.type == "cuda"
-    optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)
+    optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)   # ASSUMPTION: a new one in fine-tuning
     out, epoch, step = Path(args.out), 0, 0
     log_path = out.with_suffix(".jsonl")
     if len(set(gather(fingerprint(out) if out.exists() else None))) > 1:
@@ -1476,6 +1476,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
         f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
     net = torch.compile(f) if args.compile else f
     parameters = [p for p in f.parameters() if p.requires_grad]
+    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
     dtype = torch.bfloat16 if (args.precision or ("bf16" if cuda else "float32")) == "bf16" else torch.float32
     micro = args.micro_batch or (32 if cuda else 16)
     workers = (8 if cuda else 0) if args.workers is None else args.workers

@@ -12,8 +12,9 @@
     python evaluate.py --ckpt ft.pt --images photographs/           # no labels: overlays and raw scores
     torchrun --nproc-per-node 8 evaluate.py                         # the same numbers
 
-Protocol (Sec. IV-B): anomalous pixels are the positives; each metric is given pooled (all pixels of the split) and
-as the mean over the images that hold anomalous pixels (the CAOS code, and so the baselines of Table II).
+Protocol (Sec. IV-B): anomalous pixels are the positives. ASSUMPTION: the paper does not say over what a metric is taken;
+each is given pooled (all pixels of the split) and as the mean over the images that hold anomalous pixels (as the CAOS
+code does, from which the baselines of Table II come).
 """
 import argparse
 import time
@@ -289,7 +290,8 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
 
 
 def draw_threshold(tallies, path):
-    """Fig. 4: semantic accuracy (known pixels classified right and not flagged) and anomaly accuracy against δ."""
+    """Fig. 4: semantic and anomaly accuracy against δ. ASSUMPTION: semantic accuracy is the share of the known pixels
+    that are classified right and not flagged; the paper gives no formula."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
     delta = np.arange(1001) / 1000

@@ -95,7 +95,7 @@ def main():
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, "finetune", checkpoint["data"], f.arch))
     root = args.root or checkpoint["root"]
-    if args.known_unknown:
+    if args.known_unknown:   # ASSUMPTION: all training images at full size, from the model that was trained on all classes
         unknown = common.class_indices(args.known_unknown, checkpoint["classes"], "--known-unknown")
         with common.first_rank_first():
             data = common.Scenes(checkpoint["data"], args.root or common.default_root(checkpoint["data"], root), "train",

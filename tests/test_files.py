@@ -347,9 +347,10 @@ def test_adopt_refuses_another_run(change, words):
 
 def test_resolve_takes_flag_then_recipe_then_paper():
     names = {**common.PAPER["finetune"], **common.OURS["finetune"]}
-    args = SimpleNamespace(**dict.fromkeys(names))
+    args = SimpleNamespace(**dict.fromkeys(names), seed=3)
     args.lr = 3e-4
     told = common.resolve(args, "finetune", "camvid", "pspnet")
+    assert told.endswith(" · seed 3")
     assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss, args.mix_clean) == (3e-4, 8, 30, 0.3, "kl", True)
     for part in ("lr 0.0003 (flag)", "batch-size 8 (recipe)", "epochs 30 (paper)", "alpha 0.3 (recipe)", "bn train (ours)"):
         assert part in told
@@ -362,7 +363,7 @@ def test_the_papers_datasets_have_the_papers_settings(data):
                     finetune=dict(epochs=10, batch_size=256, lr=1e-4, alpha=0.05, loss="er", mix_clean=False))
     for stage, values in expected.items():
         for arch, epochs in (("deeplabv3", 10), ("pspnet", 30)):
-            args = SimpleNamespace(**dict.fromkeys({**common.PAPER[stage], **common.OURS[stage]}))
+            args = SimpleNamespace(**dict.fromkeys({**common.PAPER[stage], **common.OURS[stage]}), seed=0)
             common.resolve(args, stage, data, arch)
             if stage == "finetune":
                 values["epochs"] = epochs
