@@ -71,15 +71,15 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
                 double_every={"sign": 16, "plain": 0}, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix_clean=False),
 }
-RECIPES = {  # what differs from the two tables above; toy and camvid are sized for two CPU cores, and their loss, α and
-             # clean images were chosen on a second drawing of the toy data (README, "How the recipe was chosen")
+RECIPES = {  # what differs from the two tables above; toy and camvid are sized for two CPU cores, and their loss, α and clean
+             # images were chosen on images that no result of the README comes from ("How the recipe was chosen" there)
     "streethazards": {},
     "bdd": {},
     "camvid": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8, lr=1e-3,
                          crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
-        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix_clean=True)},
+        "finetune": dict(batch_size=8, loss="kl", alpha=0.3)},
     "toy": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=2e-3,
                          crop=(108, 192), scale=(1, 1), schedule="poly"),

@@ -37,7 +37,7 @@ def parse():
     g.add_argument("--images", choices=("aux", "clean", "noise"), help="X', the X it was made from, or X with X' − X shuffled "
                    "over I_ỹ; the last two are controls (default: aux)")
     g.add_argument("--mix-clean", action=argparse.BooleanOptionalAction, help="add the clean X of every sample, without D_s, to the set "
-                   "(ours: no; toy, camvid: yes)")
+                   "(ours: no; toy: yes)")
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS", help="no auxiliary set: D_s is the pixels of these classes "
                    "in the training images, and the other pixels are D_k (Sec. IV-C)")
     g = p.add_argument_group("objective (Eq. 5)")
