@@ -71,15 +71,15 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
                 double_every={"sign": 16, "plain": 0}, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix_clean=False),
 }
-RECIPES = {  # what differs from the two tables above; toy and camvid are sized for two CPU cores, and their loss, α and clean
-             # images were chosen on images that no result of the README comes from ("How the recipe was chosen" there)
+RECIPES = {  # what differs from the two tables above; toy and camvid are sized for two CPU cores, and their loss, α, clean
+             # images and batch norm were chosen on images that no result of the README comes from ("How the recipe was chosen" there)
     "streethazards": {},
     "bdd": {},
     "camvid": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8, lr=1e-3,
                          crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
-        "finetune": dict(batch_size=8, loss="kl", alpha=0.3)},
+        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, bn="frozen")},
     "toy": {
         "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=2e-3,
                          crop=(108, 192), scale=(1, 1), schedule="poly"),
@@ -1371,7 +1371,7 @@ def training_flags(parser, epochs_help):
                    "DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
     g.add_argument("--seed", type=whole(0), default=0, help="seed of every random number (ours: 0)")
     g.add_argument("--bn", choices=("train", "frozen"),
-                   help="batch norm: statistics of the micro-batch, or the running ones, not updated (ours: train)")
+                   help="batch norm: statistics of the micro-batch, or the running ones, not updated (ours: train; camvid: frozen in fine-tuning)")
     g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics and dropout masks)")
     g.add_argument("--micro-batch", type=whole(2), help="images a forward pass and device (default: 32 on CUDA, "
                    "halved where they do not fit its memory, and 16 on a CPU)")
