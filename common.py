@@ -72,7 +72,7 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix_clean=False),
 }
 RECIPES = {  # what differs from the two tables above; toy and camvid are sized for two CPU cores, and their loss, α, clean
-             # images and batch norm were chosen on images that no result of the README comes from ("How the recipe was chosen" there)
+             # images and batch norm were chosen on other images than the test images (README, "How the recipe was chosen")
     "streethazards": {},
     "bdd": {},
     "camvid": {
