@@ -21,7 +21,6 @@ Sections: settings · models · losses · datasets · toy scenes · scores · me
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -30,8 +29,7 @@ import os
 import pickle
 import platform
 import re
-import shutil
-import signal
+import runpy
 import sys
 import time
 import urllib.error
@@ -45,8 +43,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import segmentation
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead
 from tqdm import tqdm
 
 FORMAT = 1                    # version of the checkpoint and sample files written here
@@ -66,7 +64,7 @@ PAPER = {   # Section IV-A
 }
 OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "pretrain": dict(backbone="resnet50", weights="imagenet", crop=(512, 512), scale=(0.5, 2.0),
-                     schedule="constant", bn="train"),
+                     schedule="constant", bn="train", width=256),
     "mgu": dict(step="sign", step_size={"sign": 1.0, "plain": 5.0},
                 double_every={"sign": 16, "plain": 0}, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix_clean=False),
@@ -76,12 +74,12 @@ RECIPES = {  # what differs from the two tables above; toy and camvid are sized 
     "streethazards": {},
     "bdd": {},
     "camvid": {
-        "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8, lr=1e-3,
+        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8, lr=1e-3,
                          crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, bn="frozen")},
     "toy": {
-        "pretrain": dict(backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=2e-3,
+        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=1e-3,
                          crop=(108, 192), scale=(1, 1), schedule="poly"),
         "mgu": dict(per_class=2, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix_clean=True)},
@@ -131,11 +129,18 @@ def real(low=0.0, above=False):
 
 # ──────────────────────────────────────────────── models ────────────────────────────────────────────────
 
-ARCHS = ("deeplabv3", "pspnet")
-BACKBONES = {   # ImageNet weights: torchvision's defaults for its own segmentation models
+ARCHS = ("deeplabv3", "pspnet", "fpn")
+BACKBONES = {   # ImageNet weights: torchvision's defaults for its own segmentation models; MobileNetV2's only ones of that recipe
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
     "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
+    "mobilenet_v2": torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1,
     "mobilenet_v3_large": torchvision.models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
+}
+TAPS = {   # the last layer at strides 4, 8, 16 and 32 of an undilated backbone: its channels
+    "resnet50": {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048},
+    "resnet101": {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048},
+    "mobilenet_v2": {"3": 24, "6": 32, "13": 96, "18": 1280},
+    "mobilenet_v3_large": {"3": 24, "6": 40, "12": 112, "16": 960},
 }
 
 
@@ -151,36 +156,72 @@ class PyramidPooling(nn.Module):
                                   nn.ReLU(), nn.Dropout2d(0.1))
 
     def forward(self, x):
-        pooled = [F.interpolate(branch(x), x.shape[-2:], mode="bilinear", align_corners=False)
-                  for branch in self.branches]
+        pooled = [upsample(branch(x), x.shape[-2:]).to(x.dtype) for branch in self.branches]
         return self.fuse(torch.cat([x, *pooled], 1))
+
+
+class FeaturePyramid(nn.Module):
+    """Semantic FPN's head up to the penultimate map (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019,
+    Sec. 3): maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
+
+    ASSUMPTION: the lateral sums go down to stride 4 and there through one 3×3 convolution with batch norm, where the
+    publication refines and upsamples every level by itself (with group norm): a sixth of the head's operations."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.fuse = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+    def forward(self, maps):
+        lateral = [conv(x) for conv, x in zip(self.lateral, maps.values())]
+        x = lateral.pop()                                                 # stride 32
+        while lateral:
+            finer = lateral.pop()                                         # 16, 8, 4
+            x = finer + upsample(x, finer.shape[-2:]).to(finer.dtype)
+        return self.fuse(x)
+
+
+def upsample(x, size):
+    """Bilinear, pixel centres aligned; in float32 under autocast too: CUDA sums its gradient in the type of the output."""
+    return F.interpolate(x.float() if x.dtype == torch.bfloat16 else x, size, mode="bilinear", align_corners=False)
+
+
+class ImagePooling(ASPPPooling):
+    """torchvision's pooled branch of DeepLabv3; one value a channel is copied to every cell, not interpolated."""
+
+    def forward(self, x):
+        pooled = nn.Sequential.forward(self, x)                           # (B, 256, 1, 1)
+        return pooled.expand(-1, -1, *x.shape[-2:])
 
 
 class Segmenter(nn.Module):
     """f: images (B, 3, H, W), float in [0, 1] → logits (B, N, H, W), at the size of the input.
 
-    arch "deeplabv3" is torchvision's (Chen et al. 2017); "pspnet" is pyramid pooling on the same dilated
-    backbones. Output stride 8; DeepLabv3 on MobileNetV3 has torchvision's 16, for laptops.
-    ASSUMPTION: no auxiliary heads (the paper states L_k alone); ImageNet normalisation is part of f, so that
-    X' and η are in image units.
+    arch "deeplabv3" is torchvision's (Chen et al. 2017), "pspnet" pyramid pooling on the same dilated backbones, both
+    at output stride 8 (DeepLabv3 on a MobileNet: 16, torchvision's choice); "fpn" is Semantic FPN of `width` channels,
+    at stride 4. Raises InputError for other names.
+    ASSUMPTION: no auxiliary heads (the paper states L_k alone); ImageNet normalisation is part of f, so that X' and η
+    are in image units.
     """
 
-    def __init__(self, arch, backbone, num_classes):
+    def __init__(self, arch, backbone, num_classes, width=256):
         super().__init__()
         if arch not in ARCHS or backbone not in BACKBONES:
-            raise InputError(f"no such model: {arch} on {backbone}; expected one of {ARCHS} on {tuple(BACKBONES)}")
-        self.arch, self.backbone_name, self.num_classes = arch, backbone, num_classes
-        net = getattr(segmentation, f"deeplabv3_{backbone}")(
-            weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
-        self.backbone = net.backbone
+            raise InputError(f"no such model: {arch} on {backbone}; "
+                             f"expected one of {ARCHS} on {tuple(BACKBONES)}")
+        self.arch, self.backbone_name, self.num_classes, self.width = arch, backbone, num_classes, width
+        channels = list(TAPS[backbone].values())
+        self.backbone = build_backbone(arch, backbone)
         if arch == "deeplabv3":
-            *head, self.classifier = net.classifier.children()   # ASPP, 3×3 conv, norm, ReLU | 1×1 conv
-            self.head = nn.Sequential(*head)
-        else:
-            if backbone == "mobilenet_v3_large":
-                stride_16_to_8(self.backbone)
-            self.head = PyramidPooling(960 if backbone == "mobilenet_v3_large" else 2048)
+            *head, self.classifier = DeepLabHead(channels[-1], num_classes).children()
+            head[0].convs[-1].__class__ = ImagePooling                    # the same layers
+            self.head = nn.Sequential(*head)                              # ASPP, 3×3 conv, norm, ReLU
+        elif arch == "pspnet":
+            self.head = PyramidPooling(channels[-1])
             self.classifier = nn.Conv2d(512, num_classes, 1)
+        else:
+            self.head = FeaturePyramid(channels, width)
+            self.classifier = nn.Conv2d(width, num_classes, 1)
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = 0.1   # ASSUMPTION: torchvision's MobileNetV3 has 0.01, whose averages lag in short runs
@@ -189,17 +230,36 @@ class Segmenter(nn.Module):
 
     def features(self, X):
         """The penultimate map (B, C, h, w): what the last 1×1 convolution sees."""
-        return self.head(self.backbone((X - self.mean) / self.std)["out"])
+        maps = self.backbone((X - self.mean) / self.std)
+        return self.head(maps if self.arch == "fpn" else maps["32"])
 
     def forward(self, X):
-        # In float32 under autocast too: CUDA sums the gradient of an upsampling in the type of its output
-        return F.interpolate(self.classifier(self.features(X)).float(), X.shape[-2:], mode="bilinear", align_corners=False)
+        return upsample(self.classifier(self.features(X)).float(), X.shape[-2:])
 
 
-def stride_16_to_8(backbone):
-    """Dilate MobileNetV3's fourth stage (blocks 7 to 12) as torchvision already dilates its fifth (13 to 15)."""
-    for i in range(7, 16):
-        for conv in backbone[str(i)].modules():
+def build_backbone(arch, name):
+    """The backbone of an architecture: images (B, 3, H, W) → {"32": the last map} or, for "fpn", the maps of all TAPS.
+
+    "fpn" has the strides of classification; the others hold the resolution by dilation (Chen et al. 2017, Sec. 3.1)."""
+    dilated = arch != "fpn"
+    if name.startswith("resnet"):
+        trunk = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, dilated, dilated])
+    elif name == "mobilenet_v2":
+        trunk = torchvision.models.mobilenet_v2().features
+        if dilated:
+            dilate(trunk, 14 if arch == "deeplabv3" else 7)
+    else:
+        trunk = torchvision.models.mobilenet_v3_large(dilated=dilated).features
+        if arch == "pspnet":
+            dilate(trunk, 7)
+    taps = list(TAPS[name])
+    return IntermediateLayerGetter(trunk, dict(zip(taps, ("4", "8", "16", "32"))) if arch == "fpn" else {taps[-1]: "32"})
+
+
+def dilate(trunk, first):
+    """From block `first` of a MobileNet on: stride 1 in place of 2, and every later convolution dilated twice as much."""
+    for block in list(trunk)[first:]:
+        for conv in block.modules():
             if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1):
                 if conv.stride == (2, 2):
                     conv.stride = (1, 1)
@@ -288,6 +348,22 @@ def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None):
     if alpha:
         value = value + alpha * masked_mean(loss_kl(log_S) if loss == "kl" else loss_er(log_S), unknown, n_s)
     return value
+
+
+def confusion(prediction, Z, N):
+    """int64 (N, N) pixel counts, rows the label, columns the prediction; pixels without a class are left out."""
+    known = Z < N
+    return torch.bincount(N * Z[known].long() + prediction[known], minlength=N * N).view(N, N)
+
+
+def segmentation_metrics(matrix, classes):
+    """mIoU over the classes present in the labels, IoU of each (None if absent) and pixel accuracy, in percent."""
+    matrix = np.asarray(matrix, np.float64)
+    hit, labelled = np.diag(matrix), matrix.sum(1)
+    iou = 100 * hit / np.maximum(labelled + matrix.sum(0) - hit, 1)
+    return dict(miou=float(iou[labelled > 0].mean()) if labelled.any() else None,
+                iou={c: float(v) if n else None for c, v, n in zip(classes, iou, labelled)},
+                pixel_accuracy=float(100 * hit.sum() / matrix.sum()) if labelled.any() else None)
 
 
 # ─────────────────────────────────────────────── datasets ───────────────────────────────────────────────
@@ -572,7 +648,7 @@ def default_root(data, root):
     root = Path(root or f"data/{data}")
     if data == "toy" and not root.exists():
         say(f"writing the toy data to {root}")
-        write_toy(root)
+        runpy.run_path(str(Path(__file__).with_name("tests") / "toy.py"))["write_toy"](root)
     return str(root)
 
 
@@ -580,528 +656,6 @@ def to_input(image, device=None):
     """uint8 (..., 3, H, W) → what f takes: float32 in [0, 1], channels-last in memory."""
     x = image.to(device, non_blocking=True).float() / 255
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-# ────────────────────────────────────────────── toy scenes ──────────────────────────────────────────────
-# Street scenes drawn back to front at twice the size, in StreetHazards' folder layout and label ids. Test images hold
-# things that no training image shows: 12 silhouettes, 5 patterns, half of their colours taken from known things.
-# One camera rule, with k = 1 / depth (1 at the bottom edge, 0 at the horizon hy): a point X to the side and h above
-# the ground is seen at (vx + X k, hy + (H - hy) k - h k). Every machine must draw the same pixels, so there are only
-# + - * / and comparisons on float64 (exact under IEEE 754; no sin, exp, pow), and one rounding, at the end.
-
-TOY_SIZE = 108, 192    # H, W: 16:9 like StreetHazards
-BACK, BUILDING, FENCE, OTHER, PERSON, POLE, LINE, ROAD, WALK, PLANT, CAR, WALL, SIGN, ODD = range(1, 15)  # PNG ids
-TOY_TONES = np.array([[200, 200, 198], [38, 40, 44], [150, 30, 32], [40, 62, 120], [120, 124, 128], [190, 170, 130],
-                  [60, 100, 80], [225, 225, 220], [170, 90, 40.]])    # of cars, clothes and distant houses
-WHITE, BLACK, RED = (238, 238, 235), (24, 24, 26), (200, 30, 35)
-TOY_GLYPHS = [np.array([[c == "1" for c in row] for row in g.split()]) for g in (    # Z, E, X, R, +, ?
-    "11111 00010 00100 01000 11111", "11111 10000 11110 10000 11111", "10001 01010 00100 01010 10001",
-    "11110 10001 11110 10010 10001", "00100 00100 11111 00100 00100", "01110 10001 00110 00000 00100")]
-
-
-def toy_noise(rng, cell):
-    """Value noise in [-1, 1], (2H, 2W): a random grid with a node every `cell` pixels, smoothly interpolated."""
-    grid = 2 * rng.random((2 * TOY_SIZE[0] // cell + 2, 2 * TOY_SIZE[1] // cell + 2)) - 1
-    for n in TOY_SIZE:    # rows, then (transposed) columns, transposed back
-        i, t = np.arange(2 * n) // cell, np.arange(2 * n)[:, None] % cell / cell
-        grid = (grid[i] + (grid[i + 1] - grid[i]) * (t * t * (3 - 2 * t))).T
-    return grid
-
-
-# Shapes: functions from u in [-1, 1] (left to right) and v in [0, 1] (foot to top), both (h, w), to a mask (h, w).
-def ell(cu=0, cv=.5, ru=1, rv=.5):
-    return lambda u, v: (u - cu) * (u - cu) / (ru * ru) + (v - cv) * (v - cv) / (rv * rv) <= 1
-
-
-def box(u0=-1, v0=0, u1=1, v1=1):
-    return lambda u, v: (u >= u0) & (u <= u1) & (v >= v0) & (v <= v1)
-
-
-def poly(*points):
-    edges = [(a, b, (c - a) / (d - b), d) for (a, b), (c, d) in zip(points, points[1:] + points[:1]) if b != d]
-    return lambda u, v: np.logical_xor.reduce([((b > v) != (d > v)) & (u < a + t * (v - b)) for a, b, t, d in edges])
-
-
-def join(*shapes):
-    return lambda u, v: np.logical_or.reduce([f(u, v) for f in shapes])
-
-
-def toy_paint(s, window, mask, cls, rgb, shade):
-    """Paint class `cls` in colour rgb (3,) * shade (scalar or (h, w)) where mask (h, w) is set in the window."""
-    shade = np.broadcast_to(shade * (1 + .12 * s["grain"][window]), mask.shape)[mask]
-    s["img"][window][mask] = shade[:, None] * rgb
-    s["ids"][window][mask] = cls
-
-
-def toy_draw(s, x, y, w, h, cls, *parts):
-    """Draw (shape, colour) parts with the foot at (x, y), w wide and h high; class None darkens: a shadow."""
-    (y0, y1), (x0, x1) = (np.clip([int(2 * a), int(2 * b)], 0, 2 * n)
-                          for a, b, n in zip((y - h, x - w / 2), (y + 1, x + w / 2 + 1), TOY_SIZE))
-    u, v = np.meshgrid(((np.arange(x0, x1) + .5) / 2 - x) * 2 / w, (y - (np.arange(y0, y1) + .5) / 2) / h)
-    for shape, rgb in parts:
-        mask = shape(u, v) & box()(u, v)
-        if cls is None:
-            s["img"][y0:y1, x0:x1][mask] *= rgb
-        else:    # the sun lights one side of it
-            toy_paint(s, (slice(y0, y1), slice(x0, x1)), mask, cls, rgb, 1 + .22 * s["sun"] * u)
-
-
-def toy_facade(s, X, near, far, height, cls, rgb, rng):
-    """A plane along the street at the side offset X, from k = near to far: a house, a wall, a fence or a hedge."""
-    x0, x1 = sorted(int(min(max(2 * (s["vx"] + X * t), 0), 2 * TOY_SIZE[1])) for t in (near, far))
-    window, k = (slice(None), slice(x0, x1)), ((np.arange(x0, x1) + .5) / 2 - s["vx"]) / X
-    v = (s["hy"] + s["depth"] * k - (np.arange(2 * TOY_SIZE[0])[:, None] + .5) / 2) / k    # height, in k = 1 pixels
-    mask, z, lumps = (v >= 0) & (v <= height), 130 / k, s["lumps"][window]
-    if cls == BUILDING:
-        a, b = z / rng.integers(26, 44) % 1, v / rng.integers(26, 40) % 1
-        shade = 1 - (.3 + .3 * rng.random()) * ((abs(a - .5) < .23) & (abs(b - .55) < .25) & (v > 14))    # windows
-    elif cls == WALL:    # bricks: every second course shifted by half a brick; a coping
-        shade = 1 - .25 * ((v / 9 % 1 < .16) | ((z / 26 + v // 9 % 2 / 2) % 1 < .08) | (v > height - 5))
-    elif cls == FENCE:    # two rails and pickets; the gaps show what stands behind
-        mask &= (z / 24 % 1 < .7) | (abs(v - .2 * height) < 7) | (abs(v - .8 * height) < 7)
-        shade = 1 - .3 * (z / 24 % 1 > .55)
-    else:    # a hedge: a ragged top, dark at the foot
-        mask &= v <= height * (.85 + .2 * lumps)
-        shade = .65 + .35 * v / height + .3 * lumps
-    toy_paint(s, window, mask, cls, rgb, shade * (1 - .2 * s["sun"] * (1 if X > 0 else -1)))
-
-
-def toy_anomaly(s, x, y, k, rng):
-    """One of 12 silhouettes in one of 5 patterns of 2 colours, standing, lying on its side or hanging in the air."""
-    glyph = TOY_GLYPHS[rng.integers(6)]
-    shape, wide = (
-        (lambda u, v: glyph[np.clip(5 - 5 * v, 0, 4).astype(int), np.clip(2.5 * u + 2.5, 0, 4).astype(int)], .8),
-        (join(ell(0, .55, .6, .22), ell(.75, .8, .25, .14), box(-.55, 0, -.35, .5), box(.3, 0, .5, .5),
-              box(-.2, 0, -.05, .5), poly((.3, .6), (.6, .85), (.8, .75), (.5, .5))), 1.4),    # a four-legged animal
-        (join(ell(.1, .5, .7, .32), poly((-.4, .5), (-1, .9), (-1, .1))), 1.5),    # a fish
-        (join(ell(0, .35, .6, .35), ell(.1, .78, .38, .2), poly((.4, .8), (.95, .72), (.4, .68))), .8),    # a bird
-        (poly((0, 1), (.24, .64), (1, .62), (.38, .38), (.6, 0), (0, .24), (-.6, 0), (-.38, .38), (-1, .62),
-              (-.24, .64)), 1),    # a star
-        (lambda u, v: ell()(u, v) & ~ell(0, .5, .55, .28)(u, v), 1),    # a ring
-        (lambda u, v: ell()(u, v) & ~ell(.45, .6, .8, .42)(u, v), 1),    # a crescent
-        (lambda u, v: ell()(u, v) & (s["lumps"][:u.shape[0], :u.shape[1]] > -.4), 1.1),    # a blob with holes
-        (join(poly((-.75, 0), (-.15, 1), (.15, 1), (.75, 0)), box(-1, 0, 1, .1)), .7),    # a cone
-        (join(ell(0, .65, 1, .35), box(-.06, 0, .06, .4)), .75),    # a balloon on a string
-        (join(lambda u, v: ell()(u, v) & (v > .5), box(-.18, 0, .18, .5)), 1),    # a mushroom
-        (box(), 1))[rng.integers(12)]
-    n, pattern = rng.integers(2, 6), rng.integers(5)
-    on = (lambda u, v: u > 9, lambda u, v: (n * (u + 1) // 1 + 2 * n * v // 1) % 2 > 0,    # plain, chequers
-          lambda u, v: 2 * n * v // 1 % 2 > 0,    # stripes, rings, speckles
-          lambda u, v: 2 * n * (u * u + (2 * v - 1) * (2 * v - 1)) // 1 % 2 > 0,
-          lambda u, v: rng.random(u.shape) < .5)[pattern]
-    known = s["img"][rng.integers(2 * TOY_SIZE[0]), rng.integers(2 * TOY_SIZE[1])].copy()
-    a, b = (known if rng.random() < .5 else 255 * rng.random(3) for _ in range(2))    # a known thing's colour, or any
-    h, pose = (28 + 34 * rng.random()) * k, rng.random()
-    w, lift = h * wide, (pose > .8) * 60 * k * rng.random()
-    toy_draw(s, x, y + 1, w, 6 * k, None, (ell(), .5))
-    if pose < .25:
-        up, shape, w, h = shape, lambda u, v: up(2 * v - 1, (u + 1) / 2), h, w
-    toy_draw(s, x, y - lift, w, h, ODD, (shape, a), (lambda u, v: shape(u, v) & on(u, v), b))
-
-
-def toy_thing(s, cls, x, y, k, rng):
-    """Draw one thing of a known class, standing on its shadow at (x, y), at k = 1 / depth."""
-    tone, tone2 = TOY_TONES[rng.integers(9, size=2)] * (.7 + .4 * rng.random())
-    r, glass = rng.random(3), (38, 46, 58)
-    w, h = {CAR: (60, 48) if r[0] < .6 else (108, 44), PERSON: (32, 68), POLE: (20, 92 + 30 * r[1]), OTHER: (20, 26),
-            PLANT: (80 + 40 * r[0], 110 + 50 * r[1])}[cls]
-    w, h = w * k, h * k
-    toy_draw(s, x, y + 2, 1.1 * w, 7 * k + 2, None, (ell(), .5))
-    if cls == CAR and r[0] < .6:    # seen from behind
-        parts = [(join(box(-.95, 0, -.6, .3), box(.6, 0, .95, .3)), BLACK), (box(-1, .14, 1, .6), tone),
-                 (poly((-.92, .6), (-.7, 1), (.7, 1), (.92, .6)), tone), (box(-.25, .25, .25, .4), WHITE),
-                 (poly((-.76, .62), (-.6, .93), (.6, .93), (.76, .62)), glass),
-                 (join(box(-.95, .4, -.65, .55), box(.65, .4, .95, .55)), RED)]
-    elif cls == CAR:    # seen from the side
-        parts = [(poly((-1, .18), (-1, .55), (-.6, .62), (-.4, 1), (.35, 1), (.65, .62), (1, .52), (1, .18)), tone),
-                 (poly((-.52, .63), (-.36, .92), (-.06, .92), (-.06, .63)), glass),
-                 (poly((.02, .63), (.02, .92), (.3, .92), (.52, .63)), glass)]
-        parts += [(ell(u, .22, a, 1.3 * a), c) for u in (-.6, .6) for a, c in ((.17, BLACK), (.08, TOY_TONES[4]))]
-    elif cls == PERSON:    # two legs, a coat, a head
-        parts = [(poly((t - .3, 0), (t * .3 - .45, .5), (t * .3 + .45, .5), (t + .3, 0)), tone2 * .6)
-                 for t in (-.15 - .4 * r[0], .15 + .4 * r[0])]
-        parts += [(poly((-.75, .42), (-.95, .78), (-.4, .85), (.4, .85), (.95, .78), (.75, .42)), tone),
-                  (ell(0, .91, .42, .1), np.array([205, 160, 125]) * (.45 + .6 * r[1]))]
-    elif cls == PLANT:    # a tree
-        parts = [(box(-.15, 0, .15, .6), (88, 66, 46))]
-        parts += [(ell(1.2 * a - .6, .54 + .28 * b, .55, .18), np.array([60 + 40 * r[2], 110, 45]) * (.75 + .4 * b))
-                  for a, b in rng.random((7, 2))]
-    else:    # a pole or, as "other", a bin
-        parts = [(box(), (60, 64, 70) if cls == OTHER else np.full(3, 108 + 40 * r[2]))]
-    toy_draw(s, x, y, w, h, cls, *parts)
-    if cls == POLE and r[0] < .85:
-        shape, rim, face = ((ell(), RED, WHITE), (ell(), WHITE, (30, 75, 185)), (box(), WHITE, (20, 120, 75)),
-                            (poly((-1, 0), (1, 0), (0, 1)), RED, WHITE),
-                            (poly((0, 0), (1, .5), (0, 1), (-1, .5)), BLACK, (240, 200, 30)))[rng.integers(5)]
-        toy_draw(s, x, y - h + 32 * k, 38 * k, 38 * k, SIGN, (shape, rim))
-        toy_draw(s, x, y - h + 25 * k, 24 * k, 24 * k, SIGN, (shape, face))
-
-
-def toy_scene(rng, anomaly):
-    """One street scene: image (H, W, 3) uint8 and StreetHazards PNG ids (H, W) uint8; id 14 only if `anomaly`."""
-    H, W = TOY_SIZE
-    hy, vx, sun = H * (.34 + .1 * rng.random()), W * (.38 + .24 * rng.random()), 2 * rng.random() - 1
-    y, x = (np.arange(2 * H)[:, None] + .5) / 2, (np.arange(2 * W) + .5) / 2
-    s = dict(hy=hy, vx=vx, depth=H - hy, sun=sun, lumps=(toy_noise(rng, 12) + toy_noise(rng, 5)) / 2,
-             grain=.4 * toy_noise(rng, 3) + .5 * toy_noise(rng, 8) + .6 * toy_noise(rng, 40))
-    clouds = np.clip(toy_noise(rng, 36) + .4 * s["lumps"] + rng.random() - .6, 0, 1)[..., None]
-    sky = np.array([120, 165, 220]) + (y / hy)[..., None] * np.array([70, 45, 10]) * rng.random()
-    s["img"], s["ids"] = sky + clouds * (225 - sky), np.full((2 * H, 2 * W), BACK, np.uint8)
-
-    # The ground, with p the lateral position and z the depth in k = 1 pixels: grass, pavement, kerb, road, lines.
-    p, z = (x - vx) * (H - hy) / np.maximum(y - hy, .2), 130 * (H - hy) / np.maximum(y - hy, .2)
-    half, edge = 84 + 20 * rng.random(), 140 + 20 * rng.random()
-    lines = (abs(p) < 12) & ((z / 130 + rng.random()) % 1 < .75)
-    if rng.random() < .6:    # a zebra crossing
-        lines |= (abs(z - 150 - 90 * rng.random()) < 30) & ((p + 34) / 44 % 1 < .55) & (abs(p) < 80)
-    joints = 1 - .18 * (((z / 30 % 1 < .1) | (p / 25 % 1 < .08)) & (z < 800))
-    for mask, cls, rgb, shade in ((p < np.inf, PLANT, (84, 108, 58), 1), (abs(p) < edge, WALK, (152, 144, 134), joints),
-                                  (abs(p) < half + 6, WALK, (178, 176, 172), 1), (abs(p) < half, ROAD, (92, 92, 96), 1),
-                                  (lines, LINE, (222, 220, 208), 1)):
-        toy_paint(s, ..., (y > hy) & mask, cls, rgb, shade * (.8 + .3 * rng.random()))
-
-    # The end of the street, then on either side a back row of houses and a front row of facades, far to near.
-    for _ in range(5):
-        a, b, c, house = rng.random(4)
-        toy_draw(s, vx + 90 * a - 45, hy + 4, 20 + 25 * b, 8 + 18 * c, BUILDING if house < .5 else PLANT,
-                 (box(), TOY_TONES[rng.integers(9)] * .6 + 60) if house < .5 else (ell(), (72, 98, 62)))
-    front = np.array([FENCE, WALL, (BUILDING, PLANT)[rng.integers(2)], (FENCE, WALL)[rng.integers(2)]])
-    looks = {FENCE: ((160, 108, 52), 66), WALL: ((172, 168, 166), 74), PLANT: ((70, 104, 50), 60),
-             BUILDING: ((168, 128, 100), 190)}    # colour, height
-    cuts = np.array([.07, .33, 1.2]) * (.9 + .2 * rng.random())
-    for i, cls in enumerate(front[np.argsort(rng.random(4))]):
-        side, far, near, (rgb, h) = (-1, 1)[i // 2], cuts[i % 2], cuts[i % 2 + 1], looks[cls]
-        a, b = (.75 + .4 * rng.random((2, 1))) * (.9 + .2 * rng.random((2, 3)))    # tints
-        if rng.random() < .7:
-            h2 = 150 + 130 * rng.random()
-            toy_facade(s, side * (edge + 45), near * .97, far, h2, BUILDING, a * looks[BUILDING][0], rng)
-        toy_facade(s, side * edge, near, far, h * (.85 + .3 * rng.random()), cls, b * rgb, rng)
-
-    # The things on the ground: how many of each, in which range of k; drawn far to near.
-    kinds = [(CAR, 1, 3, .3, .8), (PERSON, 1, 3, .5, .9), (POLE, 1, 3, .45, .75), (PLANT, 0, 2, .25, .7),
-             (OTHER, 0, 1, .4, .8)] + [(ODD, 1, 2, .4, .9)] * anomaly
-    todo = []
-    for cls, least, most, lo, hi in kinds:
-        for _ in range(rng.integers(least, most + 1)):
-            k, p = lo + (hi - lo) * rng.random(), (2 * rng.random() - 1) * (half - 15)
-            if cls != CAR and (cls != ODD or rng.random() < .5):    # on the pavement, far enough to be in view
-                p = (half + (.1 + .8 * rng.random()) * (edge - half)) * (1 if rng.random() < .5 else -1)
-                k = min(k, .9 * (W - vx if p > 0 else vx) / abs(p))
-            todo.append((k, p, cls))
-    for k, p, cls in sorted(todo):
-        at = vx + p * k, hy + (H - hy) * k, k, rng
-        toy_anomaly(s, *at) if cls == ODD else toy_thing(s, cls, *at)
-    ids = s["ids"][::2, ::2].copy()
-    if anomaly and np.count_nonzero(ids == ODD) < 40:    # it hides behind something: another scene
-        return toy_scene(rng, anomaly)
-
-    # The camera: a mean over 2 x 2 pixels, exposure, a gradient from the sun's side, a colour cast, sensor noise.
-    img = (s["img"][::2, ::2] + s["img"][1::2, ::2] + s["img"][::2, 1::2] + s["img"][1::2, 1::2]) / 4
-    img *= ((.7 + .5 * rng.random()) * (1 + .15 * sun * (2 * x[::2] / W - 1)))[:, None] * (.93 + .14 * rng.random(3))
-    img += 7 * (rng.random(img.shape) + rng.random(img.shape) - 1)
-    return np.clip(np.floor(img + .5), 0, 255).astype(np.uint8), ids
-
-
-def write_toy(root, seed=0, counts=(480, 40, 60)):
-    """Write counts = (training, validation, test) scenes under `root`; every scene has its own generator."""
-    root = os.path.normpath(root)
-    tmp = f"{root}.tmp{os.getpid()}"    # beside it, and renamed when complete: a killed run leaves nothing half-written
-    for split, count in enumerate(counts):
-        for i in range(count):
-            town = ("train/{}/training/t1-3", "train/{}/validation/t4", "test/{}/test/t5", "test/{}/test/t6")[
-                split + (split == 2 and 3 * i >= 2 * count)]
-            scene = toy_scene(np.random.default_rng([seed, split, i]), anomaly=split == 2)
-            for kind, a in zip(("images", "annotations"), scene):
-                os.makedirs(f"{tmp}/{town.format(kind)}", exist_ok=True)
-                Image.fromarray(a).save(f"{tmp}/{town.format(kind)}/{i}.png")
-    if os.path.isdir(root):    # os.replace() moves no folder onto a full one
-        os.replace(root, tmp + ".old")
-    os.replace(tmp, root)
-    shutil.rmtree(tmp + ".old", ignore_errors=True)
-
-
-# ──────────────────────────────────────────────── scores ────────────────────────────────────────────────
-# Anomaly scores (B, H, W), float32, higher = more anomalous; pure functions of logits (B, N, H, W). The logarithm
-# of a mean softmax (dropout, ensemble, CRF) serves as logits of msp and entropy.
-
-def score_msp(logits):
-    """Maximum softmax probability, the paper's score (Eq. 2; Hendrycks & Gimpel, ICLR 2017): log(1 − max_i S_i).
-
-    The same order as −max_i S_i, but no ties where float32 cannot tell the latter from −1:
-    log Σ_{j ≠ top} exp z_j − log Σ_j exp z_j. In (−∞, log(1 − 1/N)]."""
-    logits = logits.float()
-    top = logits.argmax(1, keepdim=True)
-    return logits.scatter(1, top, -math.inf).logsumexp(1) - logits.logsumexp(1)
-
-
-def score_entropy(logits):
-    """Softmax entropy H(S) = −Σ_i S_i log S_i, in [0, log N]."""
-    log_S = log_softmax(logits)
-    return -(log_S.exp() * log_S).sum(1)
-
-
-def score_maxlogit(logits):
-    """−max_i z_i (Hendrycks et al., "Scaling out-of-distribution detection for real-world settings", ICML 2022)."""
-    return -logits.float().max(1).values
-
-
-def score_energy(logits):
-    """−log Σ_i exp z_i (Liu et al., "Energy-based out-of-distribution detection", NeurIPS 2020)."""
-    return -logits.float().logsumexp(1)
-
-
-SCORES = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
-
-# ─────────────────────────────────────────────── metrics ───────────────────────────────────────────────
-# Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
-#     aupr         step-wise average precision, as sklearn.metrics.average_precision_score
-#     auroc        area under the ROC curve, a tied positive/negative pair counting one half
-#     fpr95        FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
-#     fpr95_first  FPR at the highest threshold whose recall reaches 95 %: the textbook definition
-
-def sort_by_class(scores, positive):
-    """Split by class and sort: the expensive step, shared by per-image and pooled metrics.
-
-    scores    float32, any shape; non-finite ones raise ValueError
-    positive  bool, same shape
-    Returns ascending float32 (pos, neg): the arguments of `image_metrics` and `ScoreHistogram.add`.
-    """
-    if scores.dtype != np.float32 or positive.dtype != bool:   # an integer mask would gather, not select
-        raise TypeError(f"want float32 and bool, got {scores.dtype} and {positive.dtype}")
-    parts = scores[positive], scores[~positive]
-    for part in parts:
-        part.sort()
-        if not np.isfinite(part[:1]).all() or not np.isfinite(part[-1:]).all():   # NaN sorts last
-            raise ValueError("non-finite anomaly score")
-    return parts
-
-
-def curve_metrics(chunks, P, N):
-    """All metrics, from the distinct scores held by at least one positive.
-
-    chunks  iterable of non-empty int64 arrays (pos, above, upto), in descending score order, one entry
-            per such score: positives at it, negatives strictly above it, negatives above or at it
-    P, N    total positives and negatives, both > 0
-    Other scores need no entry: between two positives recall is constant, so a run of negatives adds to
-    neither area, and FPR is only ever read at its ends.
-    """
-    tp, ap, pairs, nearest, fpr95, first = 0, 0.0, 0, np.inf, 0, None
-    for pos, above, upto in chunks:
-        recalled = tp + np.cumsum(pos)
-        ap += float(np.sum(pos * (recalled / (recalled + upto))))
-        pairs += int(np.sum(pos * (above + upto)))   # twice the misordered pairs
-        reached = recalled / P >= 0.95
-        if first is None and reached[-1]:
-            first = int(upto[np.argmax(reached)])
-         # CAOS scans from the lowest threshold and keeps the first of the nearest: for a recall below 1
-         # the one just before the next positive, whose FP count is `above` of that positive ...
-        distance = np.abs((recalled - pos) / P - 0.95)
-        i = len(pos) - 1 - int(np.argmin(distance[::-1]))
-        if distance[i] <= nearest:
-            nearest, fpr95 = distance[i], int(above[i])
-        tp, fp = int(recalled[-1]), int(upto[-1])
-    if abs(1 - 0.95) <= nearest:   # ... but for recall 1 the highest threshold that reaches it
-        fpr95 = fp
-    return dict(aupr=100 * ap / P, auroc=100 - 50 * pairs / (P * N),
-                fpr95=100 * fpr95 / N, fpr95_first=100 * first / N)
-
-
-def image_metrics(pos, neg):
-    """Exact metrics of one image from `sort_by_class`; None when it lacks either class (without
-    negatives FPR and AUROC are undefined too): a per-image mean skips and counts such images."""
-    if not len(pos) or not len(neg):
-        return None
-    return curve_metrics([_exact_chunk(pos, neg)], len(pos), len(neg))
-
-
-def _exact_chunk(pos, neg):
-    """The one chunk of `curve_metrics` for ascending scores of the two classes."""
-    starts = _run_starts(pos)
-    above = len(neg) - np.searchsorted(neg, pos[starts], "right")
-    upto = len(neg) - np.searchsorted(neg, pos[starts], "left")
-    return np.diff(starts, append=len(pos))[::-1], above[::-1], upto[::-1]
-
-
-def _run_starts(ordered):
-    """Index of the first element of every run of equal values."""
-    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:len(ordered)])
-
-
-def _keys(scores):
-    """float32 -> uint32 of the same order; adding 0 turns -0.0 into 0.0."""
-    bits = (scores + np.float32(0)).view(np.int32)
-    bits ^= bits >> 31 | -1 << 31
-    return bits.view(np.uint32)
-
-
-_TOPS = np.arange(1 << 16)   # values of the upper half of a key
-_SMALL = (0x4100 <= _TOPS) & (_TOPS < 0xBF00)   # score magnitudes below 0.5
-
-
-def _shifts(level):
-    """Bin width (log2) at `level`, uint32 per upper half of a key. Magnitudes below 0.5 lose 6 bits before
-    the others lose any: a probability saturated at 1 (a negative MSP at -1) needs every float32 next to
-    it, while the floats around 0 are dense beyond any need."""
-    return np.where(_SMALL, level, max(0, level - 6)).astype(np.uint32)
-
-
-class ScoreHistogram:
-    """Pooled metrics over any number of pixels, in one pass and bounded memory.
-
-    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in bins:
-    a bin counts 2**shift consecutive `_keys`; 2**16 bins share a row of the table, taken when first
-    touched. When rows run out the `level` rises, which doubles bin widths (`_shifts`): it ends as the
-    smallest whose touched rows fit into `limit`, a property of the set of scores alone, and counts are
-    integers. So any order, batching or split over ranks gives identical results. Bins are exact at
-    level 0; normal scores (all magnitudes, both signs) reach level 8, which ties what differs by less
-    than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points, unless
-    most scores are equal but for their last bits.
-    """
-
-    def __init__(self, limit=384, exact=1 << 24):
-        self.limit, self.exact = limit, exact   # limit: at least 3
-        self.total = np.zeros(2, np.int64)   # positives, negatives
-        self.kept = [np.empty((2, 0), np.float32)]   # (pos, neg) as they came; None once there are bins
-        self.table = np.zeros((limit, 2, 1 << 16), np.uint32)   # 512 KiB a row, committed when touched
-        self.free = list(range(limit))
-        self._set_level(0)
-
-    def add(self, pos, neg):
-        """Count pixels, e.g. of one image; arguments from `sort_by_class`."""
-        self._count((len(pos), len(neg)))
-        if self.kept is None:
-            self._bin(pos, neg)
-        else:
-            self.kept.append((pos, neg))
-
-    def _count(self, total):
-        self.total += total
-        if self.total.max() > np.iinfo(self.table.dtype).max:   # only then could a bin overflow
-            self.table = self.table.astype(np.uint64)
-        if self.kept is not None and self.total.sum() > self.exact:
-            kept, self.kept = self.kept, None
-            for parts in kept:
-                self._bin(*parts)
-
-    def _bin(self, pos, neg):
-        keys = [_keys(part) for part in (pos, neg)]
-        starts = [_run_starts(k >> 16) for k in keys]
-        self._reserve(np.concatenate([k[s] >> 16 for k, s in zip(keys, starts)]))
-        for cls, (k, s) in enumerate(zip(keys, starts)):
-            tops, lengths = k[s] >> 16, np.diff(s, append=len(k))
-            bins = np.repeat(2 * self.row[self.group[tops]] + cls << 16, lengths)
-            bins += k >> np.repeat(self.shifts[tops], lengths) & 0xFFFF
-            np.add.at(self.table.reshape(-1), bins, self.table.dtype.type(1))
-
-    def state(self):
-        """All that was counted, as a dict of numpy arrays: the scores kept, or the touched rows, 512 KiB each."""
-        tops, rows = self._touched()
-        pos, neg = (np.concatenate(parts) for parts in zip(*self.kept or [np.empty((2, 0), np.float32)]))
-        return dict(header=np.array([self.limit, self.exact, self.level, *self.total]), tops=tops,
-                    counts=self.table[rows], pos=pos, neg=neg)
-
-    def merge(self, state):
-        """Add the `state()` of another histogram of the same limits, as if its pixels came here."""
-        limit, exact, level, *total = state["header"].tolist()
-        if (limit, exact) != (self.limit, self.exact):
-            raise ValueError(f"cannot merge histograms of limits {self.limit, self.exact} and {limit, exact}")
-        if len(state["pos"]) + len(state["neg"]) == sum(total):
-            return self.add(state["pos"], state["neg"])
-        self._count(total)
-        while self.level < level:
-            self._coarsen()
-        self._reserve(state["tops"])
-        for top, shift, counts in zip(state["tops"], _shifts(level)[state["tops"]], state["counts"]):
-            self._fold_in(top, shift, counts)
-
-    def metrics(self):
-        """`curve_metrics` of all that was counted; None when either class is empty."""
-        P, N = self.total.tolist()
-        return curve_metrics(self._chunks(), P, N) if P and N else None
-
-    def curve(self, points=1000):
-        """(recall, precision, FPR), each float64 of at most about `points`, along falling thresholds."""
-        P, N = (int(v) for v in self.total)
-        tp, kept, drawn = 0, [(0.0, 1.0, 0.0)], 0
-        for pos, _, upto in self._chunks():
-            recalled = tp + np.cumsum(pos)
-            steps = recalled * points // P
-            for i in np.flatnonzero(np.diff(steps, prepend=drawn)):    # whenever recall passes a step
-                kept.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
-            tp, drawn = (int(recalled[-1]), int(steps[-1])) if len(pos) else (tp, drawn)
-        return np.array([*kept, (1.0, P / (P + N), 1.0)]).T
-
-    def _chunks(self):
-        if self.kept is not None:
-            yield _exact_chunk(*(np.sort(np.concatenate(parts)) for parts in zip(*self.kept)))
-            return
-        fp = 0
-        for row in self._touched()[1][::-1]:
-            pos, neg = self.table[row, :, ::-1].astype(np.int64)
-            upto, hit = fp + np.cumsum(neg), np.flatnonzero(pos)
-            if len(hit):
-                yield pos[hit], upto[hit] - neg[hit], upto[hit]
-            fp = int(upto[-1])
-
-    def _set_level(self, level):
-        self.level, self.shifts = level, _shifts(level)
-        self.group = (_TOPS >> self.shifts) + (_SMALL << 16)   # of 2**16 bins, per top half of a key
-        self.row = np.full(1 << 17, -1)   # per group; -1: untouched
-
-    def _touched(self):
-        """The rows in use in ascending score order, and the lowest top half of a key in each."""
-        rows = self.row[self.group]
-        starts = _run_starts(rows)
-        tops = starts[rows[starts] >= 0]
-        return tops, rows[tops]
-
-    def _reserve(self, tops):
-        """Give the groups of all `tops` a row; coarsen until they fit."""
-        while True:
-            wanted = np.zeros(len(self.row), bool)
-            wanted[self.group[tops]] = True
-            new = np.flatnonzero(wanted & (self.row < 0))
-            if len(new) <= len(self.free):
-                break
-            self._coarsen()
-        self.row[new] = [self.free.pop() for _ in new]
-
-    def _coarsen(self):
-        """Raise the level by one, folding rows in place."""
-        tops, rows = self._touched()
-        shifts = self.shifts[tops]
-        self._set_level(self.level + 1)
-        for top, row, shift in zip(tops, rows, shifts):
-            counts = self.table[row].copy()
-            self.table[row] = 0
-            self.free.append(row)
-            if self.row[self.group[top]] < 0:
-                self.row[self.group[top]] = self.free.pop()
-            self._fold_in(top, shift, counts)
-
-    def _fold_in(self, top, shift, counts):
-        """Add a row (2, 2**16) of a lower level, where the group of `top` had that shift."""
-        now = self.shifts[top]
-        width = max(1, 1 << 16 >> now - shift)
-        start = (top >> shift << shift << 16 >> now) & 0xFFFF
-        self.table[self.row[self.group[top]], :, start:start + width] += \
-            counts.reshape(2, width, -1).sum(-1, dtype=self.table.dtype)
-
-
-def confusion(prediction, Z, N):
-    """int64 (N, N) pixel counts, rows the label, columns the prediction; pixels without a class are left out."""
-    known = Z < N
-    return torch.bincount(N * Z[known].long() + prediction[known], minlength=N * N).view(N, N)
-
-
-def segmentation_metrics(matrix, classes):
-    """mIoU over the classes present in the labels, IoU of each (None if absent) and pixel accuracy, in percent."""
-    matrix = np.asarray(matrix, np.float64)
-    hit, labelled = np.diag(matrix), matrix.sum(1)
-    iou = 100 * hit / np.maximum(labelled + matrix.sum(0) - hit, 1)
-    return dict(miou=float(iou[labelled > 0].mean()) if labelled.any() else None,
-                iou={c: float(v) if n else None for c, v, n in zip(classes, iou, labelled)},
-                pixel_accuracy=float(100 * hit.sum() / matrix.sum()) if labelled.any() else None)
 
 
 # ──────────────────────────────────────────────── files ────────────────────────────────────────────────
@@ -1198,7 +752,7 @@ def load_checkpoint(path):
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path}: format {checkpoint['format']}; this version reads format {FORMAT}")
     try:
-        f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]))
+        f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]), checkpoint.get("width", 256))
         f.load_state_dict(checkpoint["model"])
     except InputError as e:
         raise InputError(f"{path}: {e}")
@@ -1309,23 +863,6 @@ def about_run(device, f=None):
             f"{name} · {world()} process{'es' * (world() > 1)}{size}")
 
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}   # dense bf16, from the vendor's data sheets
-
-
-def forward_tflop(f, H, W):
-    """10¹² floating-point operations (2 a multiply-add) of one image of H×W through f; a training step has 3 times that."""
-    shadow = copy.deepcopy(f).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.zeros(1, 3, H, W, device="meta"))
-    return counter.get_total_flops() / 1e12
-
-
-def share_of_peak(tflops, device):
-    """" (x % of the peak)" where the GPU's peak is known, else ""."""
-    peak = device.type == "cuda" and next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name(device)), None)
-    return f" ({100 * tflops / peak:.1f} % of {peak}, dense bf16)" if peak else ""
-
-
 def cli(main):
     """Run a script's main(); a mistake of the input is one line on stderr and exit status 1, without a traceback."""
     try:
@@ -1356,280 +893,3 @@ def cli(main):
         sys.exit(130)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-# ─────────────────────────────────────────────── training ───────────────────────────────────────────────
-# One loop for pretrain.py (Eq. 5 with an empty D_s) and finetune.py.
-
-def training_flags(parser, epochs_help):
-    """The flags that pretrain.py and finetune.py share."""
-    g = parser.add_argument_group("training (Sec. IV-A)")
-    g.add_argument("--epochs", type=whole(), help=epochs_help)
-    g.add_argument("--batch-size", type=whole(2), help="images a step, over all devices (paper: 256; toy, camvid: 8)")
-    g.add_argument("--lr", type=real(0, above=True), help="learning rate of Adam (paper: 1e-4; in pretraining, toy: 2e-3, camvid: 1e-3)")
-    g.add_argument("--schedule", choices=("constant", "poly"), help="learning rate over the steps; poly is lr·(1 − t/T)^0.9, "
-                   "DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
-    g.add_argument("--seed", type=whole(0), default=0, help="seed of every random number (ours: 0)")
-    g.add_argument("--bn", choices=("train", "frozen"),
-                   help="batch norm: statistics of the micro-batch, or the running ones, not updated (ours: train; camvid: frozen in fine-tuning)")
-    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics and dropout masks)")
-    g.add_argument("--micro-batch", type=whole(2), help="images a forward pass and device (default: 32 on CUDA, "
-                   "halved where they do not fit its memory, and 16 on a CPU)")
-    g.add_argument("--precision", choices=("float32", "bf16"), help="autocast of the forward pass (default: bf16 on CUDA, else float32)")
-    g.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs (torchrun; give --micro-batch)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--workers", type=whole(0), help="loader processes a rank, each of which keeps one batch in shared memory (default: 8 on CUDA, else 0)")
-    g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
-    g = parser.add_argument_group("files")
-    g.add_argument("--save-every", type=real(0), default=5.0, help="minutes between checkpoints inside an epoch (default: 5)")
-    g.add_argument("--restart", action="store_true", help="start over, where --out holds an earlier run")
-
-
-def epoch_batches(n, batch_size, seed, epoch, step, epochs):
-    """Yields, for every step from (epoch, step) on, this rank's share [(epoch, i), …] of the global batch.
-
-    Without padding and without duplicates. ASSUMPTION: each epoch is a new permutation, and the images left over
-    by whole batches wait for another epoch. A data set smaller than a batch is one batch."""
-    batch_size = min(batch_size, n)
-    while epoch < epochs:
-        order = np.random.default_rng([seed, epoch]).permutation(n)
-        for s in range(step, n // batch_size):
-            share = np.array_split(order[s * batch_size:(s + 1) * batch_size], world())[rank()]
-            yield [(epoch, int(i)) for i in share]
-        epoch, step = epoch + 1, 0
-
-
-def ignore_signals(_):
-    """For loader workers: the main process saves and leaves, they only feed it."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_IGN)
-
-
-def collate(items):
-    """A batch dict of tensors; InputError where the images differ in size."""
-    sizes = {tuple(item["label"].shape) for item in items}
-    if len(sizes) > 1:
-        raise InputError(f"images of different sizes in one batch ({' and '.join(f'{w}×{h}' for h, w in sorted(sizes)[:2])}); "
-                         "expected one size: resize the data")
-    return torch.utils.data.default_collate(items)
-
-
-def adopt(checkpoint, settings, path):
-    """The (epoch, step) to continue from; InputError names the setting in which the earlier run differs."""
-    for name, value in settings.items():
-        before = checkpoint["settings"].get(name)
-        if isinstance(before, list):
-            before = tuple(before)
-        if isinstance(value, list):
-            value = tuple(value)
-        if before != value and not (name == "epochs" and value > before and settings["schedule"] == "constant"):
-            raise InputError(f"{path}: made with {name.replace('_', '-')} {before}, this run has {value}; "
-                             "pass --restart to start over, or another --out")
-    return checkpoint["epoch"], checkpoint["step"]
-
-
-def train(f, data, args, device, settings, facts, validate=None, val_every=1):
-    """Minimise Eq. 5 over `data` with Adam; writes args.out (and .jsonl, .png beside it) and returns nothing.
-
-    f: Segmenter on `device`. data: a map-style set of dict(image, label[, unknown], index) with name(i).
-    settings: every plain value that decides the result; a checkpoint of other settings is refused.
-    facts: what later stages need, stored in the checkpoint. validate(f) → dict, every `val_every` epochs.
-
-    The gradient is that of the whole global batch: each part divides its loss sums by the pixel counts of the
-    batch (Eq. 5 is an expectation over pixels), and parts and ranks are summed by one all-reduce. Every random
-    number is a function of (seed, epoch, step), so model, optimiser and position are the whole state, and a run
-    that was killed continues to the same result (bit-identical on a CPU).
-    Raises InputError for a non-finite loss, after which the last good checkpoint stands.
-    """
-    n_steps = max(len(data) // args.batch_size, 1)
-    if min(args.batch_size, len(data)) < 2 * world():
-        raise InputError(f"a batch of {min(args.batch_size, len(data))} images is too small for {world()} processes: "
-                         "batch norm on the pooled branch needs 2 images each")
-    cuda = device.type == "cuda"
-    optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)   # ASSUMPTION: a new one in fine-tuning
-    out, epoch, step = Path(args.out), 0, 0
-    log_path = out.with_suffix(".jsonl")
-    if len(set(gather(fingerprint(out) if out.exists() else None))) > 1:
-        raise InputError(f"{out}: not the same file on every machine; expected --out in a folder that all of them share")
-    if out.exists() and not args.restart:
-        checkpoint = load_checkpoint(out)[1]
-        epoch, step = adopt(checkpoint, settings, out)
-        if epoch >= args.epochs:
-            say(f"{out} is complete ({epoch} epochs); --restart starts over")
-            return
-        f.load_state_dict(checkpoint["model"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        say(f"continuing {out} from epoch {epoch}, step {step}")
-    first = epoch * n_steps + step
-    if rank() == 0:   # what was logged after the checkpoint is computed again
-        for leftover in out.parent.glob(f".{out.name}.tmp*"):   # of a run that was killed
-            leftover.unlink()
-        old = log_path.read_text().splitlines() if first and log_path.exists() else []
-        old = [json.loads(line) for line in old if line.endswith("}")]   # the last one may be half-written
-        kept = [v for v in old if v["step"] < first or (v["step"] == first and ("loss" in v or step == 0))]
-        write_bytes(log_path, "".join(json.dumps(v) + "\n" for v in kept).encode())
-    if args.sync_bn and world() > 1 and cuda:
-        if not args.micro_batch:
-            raise InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
-        if min(args.batch_size, len(data)) % world():
-            raise InputError(f"--sync-bn: expected a batch that {world()} processes share evenly, found {min(args.batch_size, len(data))}")
-        f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
-    net = torch.compile(f) if args.compile else f
-    parameters = [p for p in f.parameters() if p.requires_grad]
-    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
-    dtype = torch.bfloat16 if (args.precision or ("bf16" if cuda else "float32")) == "bf16" else torch.float32
-    micro = args.micro_batch or (32 if cuda else 16)
-    workers = (8 if cuda else 0) if args.workers is None else args.workers
-    loader = iter(torch.utils.data.DataLoader(
-        data, batch_sampler=epoch_batches(len(data), args.batch_size, args.seed, epoch, step, args.epochs),
-        num_workers=workers, pin_memory=cuda, prefetch_factor=1 if workers else None, collate_fn=collate,
-        worker_init_fn=ignore_signals))
-
-    stop = []     # the signal that asks to save and leave
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, _: stop.append(number))
-
-    def save(epoch, step):
-        if not all(torch.isfinite(p).all() for p in parameters):   # a finite loss can have a step that is not
-            raise InputError(f"the weights are not finite after epoch {epoch}, step {step} (lower --lr?); "
-                             + (f"{out} holds the last good state" if out.exists() else "nothing was saved yet"))
-        if rank() == 0:
-            save_checkpoint(out, dict(facts, model=f.state_dict(), optimiser=optimiser.state_dict(),
-                                      settings=settings, epoch=epoch, step=step))
-
-    def log(**values):
-        if rank() == 0:
-            with open(log_path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    pending = []   # (epoch, step, loss on the device, indices): read every `interval` steps, so that the host never waits
-
-    def settle():
-        """Bring the pending losses to the host; the last one, finite, or InputError."""
-        for e, s, value, indices in pending:
-            value = float(value)
-            if not math.isfinite(value):
-                raise InputError(f"loss {value} at epoch {e}, step {s}; images {', '.join(data.name(i) for i in indices)}; "
-                                 + (f"{out} holds the last good state" if out.exists() else "nothing was saved yet"))
-        pending.clear()
-        return value
-
-    interval = 20 if cuda else 1
-    started, saved, told = time.time(), time.time(), False
-    bar = progress(None, "training", total=args.epochs * n_steps, initial=first, unit="step")
-    while epoch < args.epochs:
-        if step == n_steps:   # the state was saved as (epoch, n_steps): validation may take long
-            epoch, step = epoch + 1, 0
-            text = f"epoch {epoch}/{args.epochs}"
-            if validate and (epoch % val_every == 0 or epoch == args.epochs):
-                figures = validate(f)
-                log(step=epoch * n_steps, epoch=epoch, **figures)
-                text += "".join(f", validation {k} {v:.2f}" for k, v in figures.items())
-            if epoch % max(1, args.epochs // 50) == 0 or epoch == args.epochs:
-                say(f"{text}, {time.time() - started:.0f} s")
-            continue
-        f.train()
-        if args.bn == "frozen":
-            for m in f.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
-        batch = next(loader)
-        image, label = batch["image"], batch["label"]
-        unknown = batch["unknown"] if "unknown" in batch else torch.zeros_like(label, dtype=torch.bool)
-        # Pixels of the global batch, and whether a rank was asked to stop: on the host, before the forward pass
-        n_k, n_s, stopped = all_sum(torch.tensor([int(((label < f.num_classes) & ~unknown).sum()), int(unknown.sum()),
-                                                  len(stop)])).tolist()
-        while True:
-            logits = part_loss = None   # after a failed try: let its graph go
-            torch.manual_seed((args.seed * 1_000_003 + epoch * n_steps + step) * 1009 + rank())   # dropout
-            optimiser.zero_grad()
-            loss = torch.zeros((), device=device)
-            try:
-                # at least 2 images in every part: batch norm after a 1×1 pooling cannot do with one
-                parts = min(-(-len(label) // micro), len(label) // 2)
-                for X, Z, D_s in zip(*(t.tensor_split(parts) for t in (image, label, unknown))):
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        logits = net(to_input(X, device))
-                    part_loss = objective(logits, Z.to(device), D_s.to(device), args.alpha, args.loss, n_k, n_s)
-                    part_loss.backward()
-                    loss += part_loss.detach()
-                break
-            except torch.cuda.OutOfMemoryError:
-                micro = min(micro, len(label)) // 2
-                if args.micro_batch or micro < 2:
-                    raise InputError(f"out of GPU memory with {2 * micro} images a forward pass: lower --micro-batch "
-                                     "(2 at least) or the image size")
-                torch.cuda.empty_cache()
-                print(f"rank {rank()}: out of GPU memory, going on with --micro-batch {micro}", flush=True)
-        if world() > 1:
-            # ASSUMPTION: the running averages of batch norm are the mean over the ranks
-            averages = [b for name, b in f.named_buffers() if "running_" in name and args.bn == "train"]
-            tensors = [loss, *(p.grad for p in parameters), *averages]
-            flat = all_sum(torch.cat([t.reshape(-1) for t in tensors]))
-            for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
-                t.copy_(summed.view_as(t))
-            for b in averages:
-                b.div_(world())
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * ((1 - (epoch * n_steps + step) / (args.epochs * n_steps))**0.9 if args.schedule == "poly" else 1)
-        optimiser.step()
-        pending.append((epoch, step, loss, batch["index"].tolist()))
-        step += 1
-        bar.update()
-        due = step == n_steps or stopped or time.time() - saved > 60 * args.save_every
-        if len(pending) >= interval or due:
-            value, elapsed, now = settle(), time.time() - started, epoch * n_steps + step
-            rate = (now - first) * min(args.batch_size, len(data)) / elapsed
-            memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
-            log(step=now, epoch=epoch, loss=value, images_per_second=round(rate, 2), seconds=round(elapsed, 2))
-            bar.set_postfix_str(f"loss {value:.4f}, {rate:.1f} img/s" + f", {memory:.1f} GiB" * cuda)
-            if not told and now - first >= min(5 * interval, n_steps):
-                told = True
-                tflops = 3 * forward_tflop(f, *label.shape[1:]) * rate / world()
-                say(f"{rate:.1f} images/s, {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, device)}: about {(args.epochs * n_steps - now) * elapsed / (now - first) / 3600:.2f} h "
-                    f"for the {args.epochs * n_steps - now} steps of batch {min(args.batch_size, len(data))} that are left")
-        if due:
-            save(epoch, step)
-            saved = time.time()
-        if stopped:
-            bar.close()
-            say(f"stopped by a signal: {out} holds epoch {epoch}, step {step}; the same command continues")
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    save(epoch, step)
-    bar.close()
-    if rank() == 0:
-        training_curves(log_path, out.with_suffix(".png"))
-    say(f"wrote {out} ({time.time() - started:.0f} s)")
-
-
-def training_curves(log_path, png):
-    """Figure of the loss and, where it was measured, the validation mIoU against the epoch."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
-    loss, miou = [v for v in lines if "loss" in v], [v for v in lines if "miou" in v]
-    fig, ax = plt.subplots(figsize=(6, 3.2), constrained_layout=True)
-    window = max(1, len(loss) // 100)
-    smooth = np.convolve([v["loss"] for v in loss], np.ones(window) / window, "valid")
-    ax.plot([v["step"] for v in loss][window - 1:], smooth, color="tab:blue", lw=1)
-    ax.set(xlabel="step", ylabel="loss (Eq. 5)", ylim=(0, None))
-    if miou:
-        right = ax.twinx()
-        right.plot([v["step"] for v in miou], [v["miou"] for v in miou], "o-", color="tab:orange", ms=3, lw=1)
-        right.set(ylabel="validation mIoU (%)", ylim=(0, 100))
-    with replacing(png) as temporary:
-        fig.savefig(temporary, dpi=120, format="png")
-    plt.close(fig)
-
-
-@torch.inference_mode()
-def validation(f, scenes, device):
-    """dict(miou) of f on a split at full size, shared by the ranks, one image at a time (sizes may differ)."""
-    f.eval()
-    matrix = torch.zeros(f.num_classes, f.num_classes, dtype=torch.int64)
-    for i in progress(range(rank(), len(scenes), world()), "validating", leave=False):
-        item = scenes[i]
-        prediction = f(to_input(item["image"][None], device)).argmax(1)[0].cpu()
-        matrix += confusion(prediction, item["label"], f.num_classes)
-    return dict(miou=segmentation_metrics(all_sum(matrix), scenes.classes)["miou"])

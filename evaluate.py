@@ -17,6 +17,7 @@ each is given pooled (all pixels of the split) and as the mean over the images t
 code does, from which the baselines of Table II come).
 """
 import argparse
+import math
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,7 @@ def parse():
     g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes (default: "
                    "those of finetune.py --known-unknown, Sec. IV-C)")
     g = p.add_argument_group("scores")
-    g.add_argument("--score", nargs="+", choices=(*common.SCORES, *EXTRA_SCORES), default=["msp"], help="one or several: msp is the "
+    g.add_argument("--score", nargs="+", choices=(*SCORES, *EXTRA_SCORES), default=["msp"], help="one or several: msp is the "
                    "paper's (Eq. 2); dropout and crf are baselines of Table II (default: msp)")
     g.add_argument("--passes", type=common.whole(2), default=10, help="forward passes of --score dropout (ours: 10)")
     g.add_argument("--crf-iterations", type=common.whole(), default=10, help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
@@ -76,6 +77,38 @@ def parse():
 
 
 # ──────────────────────────────────────────────── scores ────────────────────────────────────────────────
+
+# Anomaly scores (B, H, W), float32, higher = more anomalous; pure functions of logits (B, N, H, W). The logarithm
+# of a mean softmax (dropout, ensemble, CRF) serves as logits of msp and entropy.
+
+def score_msp(logits):
+    """Maximum softmax probability, the paper's score (Eq. 2; Hendrycks & Gimpel, ICLR 2017): log(1 − max_i S_i).
+
+    The same order as −max_i S_i, but no ties where float32 cannot tell the latter from −1:
+    log Σ_{j ≠ top} exp z_j − log Σ_j exp z_j. In (−∞, log(1 − 1/N)]."""
+    logits = logits.float()
+    top = logits.argmax(1, keepdim=True)
+    return logits.scatter(1, top, -math.inf).logsumexp(1) - logits.logsumexp(1)
+
+
+def score_entropy(logits):
+    """Softmax entropy H(S) = −Σ_i S_i log S_i, in [0, log N]."""
+    log_S = common.log_softmax(logits)
+    return -(log_S.exp() * log_S).sum(1)
+
+
+def score_maxlogit(logits):
+    """−max_i z_i (Hendrycks et al., "Scaling out-of-distribution detection for real-world settings", ICML 2022)."""
+    return -logits.float().max(1).values
+
+
+def score_energy(logits):
+    """−log Σ_i exp z_i (Liu et al., "Energy-based out-of-distribution detection", NeurIPS 2020)."""
+    return -logits.float().logsumexp(1)
+
+
+SCORES = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
+
 
 def mean_softmax(logits):
     """log of the mean softmax of several logits [(B, N, H, W), …]: Deep Ensemble, MC-dropout."""
@@ -134,23 +167,258 @@ def anomaly_scores(models, X, names, args):
     scores = {}
     for name in names:
         if name in ("msp", "entropy"):
-            scores[name] = common.SCORES[name](log_S if len(logits) > 1 else logits[0])
-        elif name in common.SCORES:
-            scores[name] = common.SCORES[name](torch.stack(logits).mean(0))
+            scores[name] = SCORES[name](log_S if len(logits) > 1 else logits[0])
+        elif name in SCORES:
+            scores[name] = SCORES[name](torch.stack(logits).mean(0))
         elif name == "dropout":
-            scores[name] = common.score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in models]))
+            scores[name] = score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in models]))
         else:
-            scores[name] = common.score_msp(crf_logits(log_S, args.crf_iterations))
+            scores[name] = score_msp(crf_logits(log_S, args.crf_iterations))
     return scores, log_S
 
 
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
 
+# Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
+#     aupr         step-wise average precision, as sklearn.metrics.average_precision_score
+#     auroc        area under the ROC curve, a tied positive/negative pair counting one half
+#     fpr95        FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
+#     fpr95_first  FPR at the highest threshold whose recall reaches 95 %: the textbook definition
+
+def sort_by_class(scores, positive):
+    """Split by class and sort: the expensive step, shared by per-image and pooled metrics.
+
+    scores    float32, any shape; non-finite ones raise ValueError
+    positive  bool, same shape
+    Returns ascending float32 (pos, neg): the arguments of `image_metrics` and `ScoreHistogram.add`.
+    """
+    if scores.dtype != np.float32 or positive.dtype != bool:   # an integer mask would gather, not select
+        raise TypeError(f"want float32 and bool, got {scores.dtype} and {positive.dtype}")
+    parts = scores[positive], scores[~positive]
+    for part in parts:
+        part.sort()
+        if not np.isfinite(part[:1]).all() or not np.isfinite(part[-1:]).all():   # NaN sorts last
+            raise ValueError("non-finite anomaly score")
+    return parts
+
+
+def curve_metrics(chunks, P, N):
+    """All metrics, from the distinct scores held by at least one positive.
+
+    chunks  iterable of non-empty int64 arrays (pos, above, upto), in descending score order, one entry
+            per such score: positives at it, negatives strictly above it, negatives above or at it
+    P, N    total positives and negatives, both > 0
+    Other scores need no entry: between two positives recall is constant, so a run of negatives adds to
+    neither area, and FPR is only ever read at its ends.
+    """
+    tp, ap, pairs, nearest, fpr95, first = 0, 0.0, 0, np.inf, 0, None
+    for pos, above, upto in chunks:
+        recalled = tp + np.cumsum(pos)
+        ap += float(np.sum(pos * (recalled / (recalled + upto))))
+        pairs += int(np.sum(pos * (above + upto)))   # twice the misordered pairs
+        reached = recalled / P >= 0.95
+        if first is None and reached[-1]:
+            first = int(upto[np.argmax(reached)])
+         # CAOS scans from the lowest threshold and keeps the first of the nearest: for a recall below 1
+         # the one just before the next positive, whose FP count is `above` of that positive ...
+        distance = np.abs((recalled - pos) / P - 0.95)
+        i = len(pos) - 1 - int(np.argmin(distance[::-1]))
+        if distance[i] <= nearest:
+            nearest, fpr95 = distance[i], int(above[i])
+        tp, fp = int(recalled[-1]), int(upto[-1])
+    if abs(1 - 0.95) <= nearest:   # ... but for recall 1 the highest threshold that reaches it
+        fpr95 = fp
+    return dict(aupr=100 * ap / P, auroc=100 - 50 * pairs / (P * N),
+                fpr95=100 * fpr95 / N, fpr95_first=100 * first / N)
+
+
+def image_metrics(pos, neg):
+    """Exact metrics of one image from `sort_by_class`; None when it lacks either class (without
+    negatives FPR and AUROC are undefined too): a per-image mean skips and counts such images."""
+    if not len(pos) or not len(neg):
+        return None
+    return curve_metrics([_exact_chunk(pos, neg)], len(pos), len(neg))
+
+
+def _exact_chunk(pos, neg):
+    """The one chunk of `curve_metrics` for ascending scores of the two classes."""
+    starts = _run_starts(pos)
+    above = len(neg) - np.searchsorted(neg, pos[starts], "right")
+    upto = len(neg) - np.searchsorted(neg, pos[starts], "left")
+    return np.diff(starts, append=len(pos))[::-1], above[::-1], upto[::-1]
+
+
+def _run_starts(ordered):
+    """Index of the first element of every run of equal values."""
+    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:len(ordered)])
+
+
+def _keys(scores):
+    """float32 -> uint32 of the same order; adding 0 turns -0.0 into 0.0."""
+    bits = (scores + np.float32(0)).view(np.int32)
+    bits ^= bits >> 31 | -1 << 31
+    return bits.view(np.uint32)
+
+
+_TOPS = np.arange(1 << 16)   # values of the upper half of a key
+_SMALL = (0x4100 <= _TOPS) & (_TOPS < 0xBF00)   # score magnitudes below 0.5
+
+
+def _shifts(level):
+    """Bin width (log2) at `level`, uint32 per upper half of a key. Magnitudes below 0.5 lose 6 bits before
+    the others lose any: a probability saturated at 1 (a negative MSP at -1) needs every float32 next to
+    it, while the floats around 0 are dense beyond any need."""
+    return np.where(_SMALL, level, max(0, level - 6)).astype(np.uint32)
+
+
+class ScoreHistogram:
+    """Pooled metrics over any number of pixels, in one pass and bounded memory.
+
+    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in bins:
+    a bin counts 2**shift consecutive `_keys`; 2**16 bins share a row of the table, taken when first
+    touched. When rows run out the `level` rises, which doubles bin widths (`_shifts`): it ends as the
+    smallest whose touched rows fit into `limit`, a property of the set of scores alone, and counts are
+    integers. So any order, batching or split over ranks gives identical results. Bins are exact at
+    level 0; normal scores (all magnitudes, both signs) reach level 8, which ties what differs by less
+    than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points, unless
+    most scores are equal but for their last bits.
+    """
+
+    def __init__(self, limit=384, exact=1 << 24):
+        self.limit, self.exact = limit, exact   # limit: at least 3
+        self.total = np.zeros(2, np.int64)   # positives, negatives
+        self.kept = [np.empty((2, 0), np.float32)]   # (pos, neg) as they came; None once there are bins
+        self.table = np.zeros((limit, 2, 1 << 16), np.uint32)   # 512 KiB a row, committed when touched
+        self.free = list(range(limit))
+        self._set_level(0)
+
+    def add(self, pos, neg):
+        """Count pixels, e.g. of one image; arguments from `sort_by_class`."""
+        self._count((len(pos), len(neg)))
+        if self.kept is None:
+            self._bin(pos, neg)
+        else:
+            self.kept.append((pos, neg))
+
+    def _count(self, total):
+        self.total += total
+        if self.total.max() > np.iinfo(self.table.dtype).max:   # only then could a bin overflow
+            self.table = self.table.astype(np.uint64)
+        if self.kept is not None and self.total.sum() > self.exact:
+            kept, self.kept = self.kept, None
+            for parts in kept:
+                self._bin(*parts)
+
+    def _bin(self, pos, neg):
+        keys = [_keys(part) for part in (pos, neg)]
+        starts = [_run_starts(k >> 16) for k in keys]
+        self._reserve(np.concatenate([k[s] >> 16 for k, s in zip(keys, starts)]))
+        for cls, (k, s) in enumerate(zip(keys, starts)):
+            tops, lengths = k[s] >> 16, np.diff(s, append=len(k))
+            bins = np.repeat(2 * self.row[self.group[tops]] + cls << 16, lengths)
+            bins += k >> np.repeat(self.shifts[tops], lengths) & 0xFFFF
+            np.add.at(self.table.reshape(-1), bins, self.table.dtype.type(1))
+
+    def state(self):
+        """All that was counted, as a dict of numpy arrays: the scores kept, or the touched rows, 512 KiB each."""
+        tops, rows = self._touched()
+        pos, neg = (np.concatenate(parts) for parts in zip(*self.kept or [np.empty((2, 0), np.float32)]))
+        return dict(header=np.array([self.limit, self.exact, self.level, *self.total]), tops=tops,
+                    counts=self.table[rows], pos=pos, neg=neg)
+
+    def merge(self, state):
+        """Add the `state()` of another histogram of the same limits, as if its pixels came here."""
+        limit, exact, level, *total = state["header"].tolist()
+        if (limit, exact) != (self.limit, self.exact):
+            raise ValueError(f"cannot merge histograms of limits {self.limit, self.exact} and {limit, exact}")
+        if len(state["pos"]) + len(state["neg"]) == sum(total):
+            return self.add(state["pos"], state["neg"])
+        self._count(total)
+        while self.level < level:
+            self._coarsen()
+        self._reserve(state["tops"])
+        for top, shift, counts in zip(state["tops"], _shifts(level)[state["tops"]], state["counts"]):
+            self._fold_in(top, shift, counts)
+
+    def metrics(self):
+        """`curve_metrics` of all that was counted; None when either class is empty."""
+        P, N = self.total.tolist()
+        return curve_metrics(self._chunks(), P, N) if P and N else None
+
+    def curve(self, points=1000):
+        """(recall, precision, FPR), each float64 of at most about `points`, along falling thresholds."""
+        P, N = (int(v) for v in self.total)
+        tp, kept, drawn = 0, [(0.0, 1.0, 0.0)], 0
+        for pos, _, upto in self._chunks():
+            recalled = tp + np.cumsum(pos)
+            steps = recalled * points // P
+            for i in np.flatnonzero(np.diff(steps, prepend=drawn)):    # whenever recall passes a step
+                kept.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
+            tp, drawn = (int(recalled[-1]), int(steps[-1])) if len(pos) else (tp, drawn)
+        return np.array([*kept, (1.0, P / (P + N), 1.0)]).T
+
+    def _chunks(self):
+        if self.kept is not None:
+            yield _exact_chunk(*(np.sort(np.concatenate(parts)) for parts in zip(*self.kept)))
+            return
+        fp = 0
+        for row in self._touched()[1][::-1]:
+            pos, neg = self.table[row, :, ::-1].astype(np.int64)
+            upto, hit = fp + np.cumsum(neg), np.flatnonzero(pos)
+            if len(hit):
+                yield pos[hit], upto[hit] - neg[hit], upto[hit]
+            fp = int(upto[-1])
+
+    def _set_level(self, level):
+        self.level, self.shifts = level, _shifts(level)
+        self.group = (_TOPS >> self.shifts) + (_SMALL << 16)   # of 2**16 bins, per top half of a key
+        self.row = np.full(1 << 17, -1)   # per group; -1: untouched
+
+    def _touched(self):
+        """The rows in use in ascending score order, and the lowest top half of a key in each."""
+        rows = self.row[self.group]
+        starts = _run_starts(rows)
+        tops = starts[rows[starts] >= 0]
+        return tops, rows[tops]
+
+    def _reserve(self, tops):
+        """Give the groups of all `tops` a row; coarsen until they fit."""
+        while True:
+            wanted = np.zeros(len(self.row), bool)
+            wanted[self.group[tops]] = True
+            new = np.flatnonzero(wanted & (self.row < 0))
+            if len(new) <= len(self.free):
+                break
+            self._coarsen()
+        self.row[new] = [self.free.pop() for _ in new]
+
+    def _coarsen(self):
+        """Raise the level by one, folding rows in place."""
+        tops, rows = self._touched()
+        shifts = self.shifts[tops]
+        self._set_level(self.level + 1)
+        for top, row, shift in zip(tops, rows, shifts):
+            counts = self.table[row].copy()
+            self.table[row] = 0
+            self.free.append(row)
+            if self.row[self.group[top]] < 0:
+                self.row[self.group[top]] = self.free.pop()
+            self._fold_in(top, shift, counts)
+
+    def _fold_in(self, top, shift, counts):
+        """Add a row (2, 2**16) of a lower level, where the group of `top` had that shift."""
+        now = self.shifts[top]
+        width = max(1, 1 << 16 >> now - shift)
+        start = (top >> shift << shift << 16 >> now) & 0xFFFF
+        self.table[self.row[self.group[top]], :, start:start + width] += \
+            counts.reshape(2, width, -1).sum(-1, dtype=self.table.dtype)
+
+
 class Tally:
     """What one model accumulates over the images of this rank."""
 
     def __init__(self, score_names, N):
-        self.histograms = {s: common.ScoreHistogram() for s in score_names}
+        self.histograms = {s: ScoreHistogram() for s in score_names}
         self.confusion = torch.zeros(N, N, dtype=torch.int64)
         self.threshold = np.zeros((3, 1001), np.int64)   # pixels with max S in ((k − 1)/1000, k/1000]: right, known, anomalous
         self.images = {}                                 # index → {score: metrics or None}
@@ -161,9 +429,9 @@ class Tally:
         positive = (Z == common.ANOMALY)[keep]
         self.images[index] = {}
         for name, score in scores.items():
-            pos, neg = common.sort_by_class(score[keep], positive)
+            pos, neg = sort_by_class(score[keep], positive)
             self.histograms[name].add(pos, neg)
-            self.images[index][name] = common.image_metrics(pos, neg)
+            self.images[index][name] = image_metrics(pos, neg)
         self.confusion += common.confusion(torch.from_numpy(prediction), torch.from_numpy(Z), N)
         known, bins = (Z < N) & keep, np.ceil(top * 1000).astype(np.int64).clip(0, 1000)
         for row, mask in zip(self.threshold, (known & (prediction == Z), known, Z == common.ANOMALY)):

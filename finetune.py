@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import common
+import pretrain
 
 
 def parse():
@@ -43,7 +44,7 @@ def parse():
     g = p.add_argument_group("objective (Eq. 5)")
     g.add_argument("--loss", choices=("er", "kl"), help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: kl)")
     g.add_argument("--alpha", type=common.real(0), help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3)")
-    common.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)")
+    pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)")
     return p.parse_args()
 
 
@@ -116,8 +117,8 @@ def main():
 
     names = ("known_unknown", "unknown", "images", "mix_clean", "loss", "alpha", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), aux=aux)
-    facts = {k: checkpoint[k] for k in ("arch", "backbone", "classes", "data", "root", "anomaly")}
-    common.train(f, data, args, device, settings, dict(facts, stage="finetune", root=str(root), known_unknown=args.known_unknown))
+    facts = {k: checkpoint[k] for k in ("arch", "backbone", "width", "classes", "data", "root", "anomaly")}
+    pretrain.train(f, data, args, device, settings, dict(facts, stage="finetune", root=str(root), known_unknown=args.known_unknown))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import evaluate
+import pretrain
 import mgu_generate
 
 
@@ -60,13 +62,13 @@ def memory(peak=True):
 
 def run_ours(n, per_image, shape=FRAME):
     imported, spent, generated, images = memory(False), 0.0, 0.0, []
-    clock, histogram = time.perf_counter(), common.ScoreHistogram()
+    clock, histogram = time.perf_counter(), evaluate.ScoreHistogram()
     for scores, positive in metric_frames(n, shape):
         start = time.perf_counter()
         generated += start - clock
-        parts = common.sort_by_class(scores, positive)
+        parts = evaluate.sort_by_class(scores, positive)
         if per_image:
-            images.append(common.image_metrics(*parts))
+            images.append(evaluate.image_metrics(*parts))
         histogram.add(*parts)
         clock = time.perf_counter()
         spent += clock - start
@@ -106,7 +108,7 @@ def bench_metrics(small=False):
     times = []
     for _ in range(30):
         start = time.perf_counter()
-        common.image_metrics(*common.sort_by_class(scores, positive))
+        evaluate.image_metrics(*evaluate.sort_by_class(scores, positive))
         times.append(1e3 * (time.perf_counter() - start))
     print(f"one 240x180 image: {np.median(times):.2f} ms (best {min(times):.2f})")
 
@@ -271,7 +273,7 @@ def our_loop(f, data, batch, warm, device, precision, compile=False):
         args = argparse.Namespace(out=f"{folder}/x.pt", epochs=1, batch_size=batch, micro_batch=None, lr=1e-4, schedule="constant", seed=0,
                                   bn="train", precision=precision, sync_bn=False, compile=compile, workers=0, save_every=1e9, restart=False,
                                   alpha=0, loss="er")
-        common.train(f, data, args, device, dict(epochs=1), dict(arch=f.arch, backbone=f.backbone_name, classes=[""] * 12, data="toy", root=None, anomaly=None))
+        pretrain.train(f, data, args, device, dict(epochs=1), dict(arch=f.arch, backbone=f.backbone_name, classes=[""] * 12, data="toy", root=None, anomaly=None))
         lines = [json.loads(line) for line in Path(folder, "x.jsonl").read_text().splitlines()]
     interval = lines[1]["step"] - lines[0]["step"]   # how often the loop looks at the clock
     first = next(v for v in lines if v["step"] >= warm or v["step"] >= interval)

@@ -25,9 +25,9 @@ def own_cache_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy_root(tmp_path_factory):
     """Toy scenes: 6 for training, 2 for validation, 3 for testing."""
-    import common
+    import toy
     root = tmp_path_factory.mktemp("toy") / "toy"
-    common.write_toy(str(root), seed=0, counts=(6, 2, 3))
+    toy.write_toy(str(root), seed=0, counts=(6, 2, 3))
     return str(root)
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import common
+import toy
 
 H, W = 24, 36
 IGNORED, ANOMALY = 255, 254
@@ -613,8 +614,8 @@ def test_toy_is_read_by_the_loader_of_streethazards(toy_root, capsys):
 
 
 def test_toy_is_a_function_of_its_seed(toy_root, tmp_path):
-    common.write_toy(str(tmp_path / "same"), seed=0, counts=(6, 2, 3))
-    common.write_toy(str(tmp_path / "other"), seed=1, counts=(6, 2, 3))
+    toy.write_toy(str(tmp_path / "same"), seed=0, counts=(6, 2, 3))
+    toy.write_toy(str(tmp_path / "other"), seed=1, counts=(6, 2, 3))
     files = tree(toy_root)
     assert filecmp.cmpfiles(toy_root, tmp_path / "same", files, shallow=False) == (files, [], [])
     assert filecmp.cmpfiles(toy_root, tmp_path / "other", files, shallow=False) == ([], files, [])
@@ -624,14 +625,14 @@ def test_toy_is_a_function_of_its_seed(toy_root, tmp_path):
 
 def test_toy_replaces_an_earlier_folder(tmp_path):
     for counts in ((2, 1, 1), (1, 1, 1)):
-        common.write_toy(str(tmp_path / "toy"), counts=counts)
+        toy.write_toy(str(tmp_path / "toy"), counts=counts)
         assert len(tree(tmp_path / "toy")) == 2 * sum(counts)
     assert [p.name for p in tmp_path.iterdir()] == ["toy"]
 
 
 def test_toy_statistics(tmp_path):
     """A benchmark in small: StreetHazards' ids, every class somewhere, 1 to 3 % of anomalous test pixels."""
-    common.write_toy(str(tmp_path / "toy"), seed=5, counts=(24, 2, 30))
+    toy.write_toy(str(tmp_path / "toy"), seed=5, counts=(24, 2, 30))
     pixels = {}
     for split, folder in (("train", "train/annotations/training"), ("test", "test/annotations/test")):
         labels = [np.array(Image.open(p)) for p in sorted((tmp_path / "toy" / folder).rglob("*.png"))]
@@ -652,7 +653,7 @@ def test_toy_statistics(tmp_path):
 
 def test_toy_is_written_on_first_use(tmp_path, monkeypatch, capsys):
     written = []
-    monkeypatch.setattr(common, "write_toy", written.append)
+    monkeypatch.setattr(common.runpy, "run_path", lambda path: dict(write_toy=written.append))
     monkeypatch.chdir(tmp_path)
     assert Path(common.default_root("toy", None)) == Path("data/toy") and [Path(w) for w in written] == [Path("data/toy")]
     assert "data" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
 import common
+import pretrain
 
 CLASSES = ["road", "sky", "car"]
 
@@ -329,9 +330,9 @@ SETTINGS = dict(schedule="constant", lr=1e-3, epochs=10, crop=(64, 96), batch_si
 
 def test_adopt_the_same_run():
     checkpoint = dict(settings=SETTINGS, epoch=4, step=7)
-    assert common.adopt(checkpoint, SETTINGS, "ft.pt") == (4, 7)
-    assert common.adopt(checkpoint, dict(SETTINGS, crop=[64, 96]), "ft.pt") == (4, 7)      # argparse's list
-    assert common.adopt(checkpoint, dict(SETTINGS, epochs=12), "ft.pt") == (4, 7)          # a longer run continues
+    assert pretrain.adopt(checkpoint, SETTINGS, "ft.pt") == (4, 7)
+    assert pretrain.adopt(checkpoint, dict(SETTINGS, crop=[64, 96]), "ft.pt") == (4, 7)      # argparse's list
+    assert pretrain.adopt(checkpoint, dict(SETTINGS, epochs=12), "ft.pt") == (4, 7)          # a longer run continues
 
 
 @pytest.mark.parametrize("change, words", (
@@ -342,7 +343,7 @@ def test_adopt_the_same_run():
 def test_adopt_refuses_another_run(change, words):
     settings = dict(SETTINGS, schedule=change.get("schedule", "constant"))
     checkpoint = dict(settings=settings, epoch=4, step=7)
-    refused(lambda path: common.adopt(checkpoint, dict(settings, **change), path), "runs/ft.pt", "--restart", *words)
+    refused(lambda path: pretrain.adopt(checkpoint, dict(settings, **change), path), "runs/ft.pt", "--restart", *words)
 
 
 def test_resolve_takes_flag_then_recipe_then_paper():

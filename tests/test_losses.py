@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common
+import evaluate
 
 LOSSES = ("er", "kl")
 
@@ -260,14 +261,14 @@ REFERENCE = dict(
 
 
 def test_every_score_has_a_reference():
-    assert REFERENCE.keys() == common.SCORES.keys()
+    assert REFERENCE.keys() == evaluate.SCORES.keys()
 
 
 @pytest.mark.parametrize("name", REFERENCE)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_scores(name, dtype):
     logits = batch(5)[0].to(dtype)
-    got = common.SCORES[name](logits)
+    got = evaluate.SCORES[name](logits)
     assert got.dtype == torch.float32 and got.shape == (3, 4, 6)
     exact = logits.double().numpy()
     want = [REFERENCE[name](exact[b, :, h, w]) for b, h, w in pixels(exact)[0]]
@@ -279,15 +280,15 @@ def test_scores_are_finite_on_saturated_logits(name):
     for size in (1e4, -1e4):
         logits = torch.zeros(1, 12, 2, 2)
         logits[:, 3] = size
-        assert common.SCORES[name](logits).isfinite().all()
+        assert evaluate.SCORES[name](logits).isfinite().all()
 
 
 @pytest.mark.parametrize("name, low, high", (("msp", None, math.log(11 / 12)), ("entropy", 0, math.log(12))))
 def test_ends_of_the_range(name, low, high):
-    assert common.SCORES[name](torch.zeros(1, 12, 1, 1)).item() == pytest.approx(high, rel=1e-5)
+    assert evaluate.SCORES[name](torch.zeros(1, 12, 1, 1)).item() == pytest.approx(high, rel=1e-5)
     logits = torch.zeros(1, 12, 1, 1)
     logits[0, 3] = 500.0
-    value = common.SCORES[name](logits).item()
+    value = evaluate.SCORES[name](logits).item()
     assert value == pytest.approx(low, abs=1e-6) if low is not None else value == pytest.approx(math.log(11) - 500, rel=1e-6)
 
 
@@ -297,7 +298,7 @@ def test_msp_has_the_order_of_eq_2():
     exact = logits.double().numpy()[0].reshape(12, -1)
     top = np.array([softmax(f).max() for f in exact.T])
     order = np.argsort(-top)
-    got = common.score_msp(logits).numpy().ravel().astype(np.float64)[order]
+    got = evaluate.score_msp(logits).numpy().ravel().astype(np.float64)[order]
     # ascending, up to float32's rounding of values whose float64 originals differ by less than it
     assert (np.diff(got) > -2e-6 * np.abs(got[1:]).clip(1)).all()
     clear = np.flatnonzero(np.diff(np.log1p(-top[order])) > 1e-4)
@@ -311,6 +312,6 @@ def test_msp_does_not_tie_where_float32_softmax_does():
     logits[0, 0, 0, ::2] = -3.0
     assert (torch.softmax(logits, 1).max(1).values.unique()).numel() < 10     # float32: nearly all are the same
     exact = np.array([softmax(f).max() for f in logits.double().numpy()[0, :, 0].T])
-    got = common.score_msp(logits)[0, 0].numpy()
+    got = evaluate.score_msp(logits)[0, 0].numpy()
     assert len(np.unique(exact)) == len(np.unique(got)) == 49
     assert (np.argsort(got) == np.argsort(-exact)).all()

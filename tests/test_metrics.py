@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from common import ScoreHistogram, curve_metrics, image_metrics, sort_by_class
+from evaluate import ScoreHistogram, curve_metrics, image_metrics, sort_by_class
 
 RNG = np.random.default_rng
 TOLERANCE = 1e-3  # percentage points, for binned pooled metrics; per-image ones are exact

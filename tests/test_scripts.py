@@ -313,8 +313,8 @@ def one_line(done, *parts):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, tmp_path):
     source = (REPO / script).read_text()
-    if "training_flags" in source:
-        source += re.search(r"def training_flags.*?\n\n\n", (REPO / "common.py").read_text(), re.S)[0]
+    if script == "finetune.py":
+        source += re.search(r"def training_flags.*?\n\n\n", (REPO / "pretrain.py").read_text(), re.S)[0]
     flags = re.findall(r'add_argument\("(--[a-z-]+)"', source)
     done = run_ok(script, "--help", folder=tmp_path, COLUMNS="400")
     assert len(flags) >= 10 and len(flags) == len(set(flags))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import common
+import pretrain
 from runner import lines, finish, run, run_ok, run_ranks, start, wait_for
 
 N = 4
@@ -57,7 +58,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def signals():
-    """common.train() takes over SIGTERM and SIGINT."""
+    """pretrain.train() takes over SIGTERM and SIGINT."""
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     yield
     for s, handler in before.items():
@@ -65,12 +66,12 @@ def signals():
 
 
 def train(data, out, **more):
-    """The network after common.train(); its .grad are those of the last step."""
+    """The network after pretrain.train(); its .grad are those of the last step."""
     args = argparse.Namespace(**{**dict(batch_size=len(data), epochs=1, lr=1e-3, seed=0, bn="frozen", micro_batch=None, precision=None,
                                         sync_bn=False, compile=False, workers=0, save_every=5, restart=False, schedule="constant",
                                         alpha=0.05, loss="er", out=str(out)), **more})
     f = Net()
-    common.train(f, data, args, torch.device("cpu"), {"schedule": args.schedule, "epochs": args.epochs}, dict(stage="test"))
+    pretrain.train(f, data, args, torch.device("cpu"), {"schedule": args.schedule, "epochs": args.epochs}, dict(stage="test"))
     return f
 
 
@@ -151,7 +152,7 @@ def test_epoch_batches(monkeypatch, n, batch):
         shares = []
         for r in range(world):
             monkeypatch.setenv("RANK", str(r))
-            shares.append(list(common.epoch_batches(n, batch, seed, epoch, step, 3)))
+            shares.append(list(pretrain.epoch_batches(n, batch, seed, epoch, step, 3)))
         return shares
     alone, = every(1)
     steps, size = n // min(batch, n), min(batch, n)
