@@ -1,4 +1,4 @@
-"""Models, losses, datasets, scores, metrics, files and the training loop that the four scripts share.
+"""Settings, models, losses, datasets, files and devices: what the four scripts share.
 
 "The paper" is G.-R. Lu et al., "Anomaly-Aware Semantic Segmentation by Leveraging Synthetic-Unknown
 Data"; equation, section, table and figure numbers are the paper's.
@@ -17,7 +17,7 @@ Data"; equation, section, table and figure numbers are the paper's.
 
 Every choice that the paper leaves open is marked `# ASSUMPTION` where it is made and listed in the README.
 
-Sections: settings · models · losses · datasets · toy scenes · scores · metrics · files · devices · training
+Sections: settings · models · losses · datasets · files · devices
 """
 import argparse
 import contextlib
@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -32,10 +33,16 @@ import re
 import runpy
 import sys
 import time
-import urllib.error
 import warnings
+import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -69,18 +76,18 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
                 double_every={"sign": 16, "plain": 0}, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix_clean=False),
 }
-RECIPES = {  # what differs from the two tables above; toy and camvid are sized for two CPU cores, and their loss, α, clean
-             # images and batch norm were chosen on other images than the test images (README, "How the recipe was chosen")
+RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
+             # leaves open was chosen for them on other images than the test images (tests/results/README.md)
     "streethazards": {},
     "bdd": {},
     "camvid": {
-        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8, lr=1e-3,
-                         crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
+        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8,
+                         lr=1e-3, crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, bn="frozen")},
     "toy": {
-        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8, lr=1e-3,
-                         crop=(108, 192), scale=(1, 1), schedule="poly"),
+        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
+                         lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly"),
         "mgu": dict(per_class=2, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix_clean=True)},
 }
@@ -94,13 +101,14 @@ def resolve(args, stage, data, arch=None):
     for name in {**PAPER[stage], **OURS[stage]}:
         value, source = getattr(args, name), "flag"
         if value is None:
-            for source, table in (("recipe", RECIPES[data].get(stage, {})), ("paper", PAPER[stage]),
+            for source, table in (("recipe", RECIPES.get(data, {}).get(stage, {})), ("paper", PAPER[stage]),
                                   ("ours", OURS[stage])):
                 if name in table:
                     value = table[name]
                     break
         if isinstance(value, dict):   # a default that depends on another setting
-            value = value[arch] if name == "epochs" else value[args.step]
+            # ASSUMPTION: epochs of an architecture that the paper does not have: DeepLabv3's
+            value = value.get(arch, value["deeplabv3"]) if name == "epochs" else value[args.step]
         setattr(args, name, value)
         told.append(f"{name.replace('_', '-')} {value} ({source})")
     return "settings: " + " · ".join([*told, f"seed {args.seed}"])
@@ -130,7 +138,7 @@ def real(low=0.0, above=False):
 # ──────────────────────────────────────────────── models ────────────────────────────────────────────────
 
 ARCHS = ("deeplabv3", "pspnet", "fpn")
-BACKBONES = {   # ImageNet weights: torchvision's defaults for its own segmentation models; MobileNetV2's only ones of that recipe
+BACKBONES = {   # ImageNet weights: those of torchvision's own segmentation models, and MobileNetV2's of the same recipe
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
     "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
     "mobilenet_v2": torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1,
@@ -182,7 +190,7 @@ class FeaturePyramid(nn.Module):
 
 
 def upsample(x, size):
-    """Bilinear, pixel centres aligned; in float32 under autocast too: CUDA sums its gradient in the type of the output."""
+    """Bilinear, in float32 under autocast too: CUDA sums the gradient of an upsampling in the type of its output."""
     return F.interpolate(x.float() if x.dtype == torch.bfloat16 else x, size, mode="bilinear", align_corners=False)
 
 
@@ -231,14 +239,14 @@ class Segmenter(nn.Module):
     def features(self, X):
         """The penultimate map (B, C, h, w): what the last 1×1 convolution sees."""
         maps = self.backbone((X - self.mean) / self.std)
-        return self.head(maps if self.arch == "fpn" else maps["32"])
+        return self.head(maps if self.arch == "fpn" else maps["out"])
 
     def forward(self, X):
         return upsample(self.classifier(self.features(X)).float(), X.shape[-2:])
 
 
 def build_backbone(arch, name):
-    """The backbone of an architecture: images (B, 3, H, W) → {"32": the last map} or, for "fpn", the maps of all TAPS.
+    """The backbone of an architecture: images (B, 3, H, W) → {"out": the last map} or, for "fpn", the maps of all TAPS.
 
     "fpn" has the strides of classification; the others hold the resolution by dilation (Chen et al. 2017, Sec. 3.1)."""
     dilated = arch != "fpn"
@@ -253,11 +261,12 @@ def build_backbone(arch, name):
         if arch == "pspnet":
             dilate(trunk, 7)
     taps = list(TAPS[name])
-    return IntermediateLayerGetter(trunk, dict(zip(taps, ("4", "8", "16", "32"))) if arch == "fpn" else {taps[-1]: "32"})
+    strides = dict(zip(taps, ("4", "8", "16", "32"))) if arch == "fpn" else {taps[-1]: "out"}
+    return IntermediateLayerGetter(trunk, strides)
 
 
 def dilate(trunk, first):
-    """From block `first` of a MobileNet on: stride 1 in place of 2, and every later convolution dilated twice as much."""
+    """From block `first` of a MobileNet on: stride 1 in place of 2, every later convolution dilated twice as much."""
     for block in list(trunk)[first:]:
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1):
@@ -276,9 +285,14 @@ def load_backbone(f, weights):
         return
     if weights == "imagenet":
         enum = BACKBONES[f.backbone_name]
+        kept = Path(torch.hub.get_dir(), "checkpoints", enum.url.rpartition("/")[2])   # torchvision's cache
+        there = kept.exists()
         try:
             state = enum.get_state_dict(progress=False, check_hash=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as e:
+        except Exception as e:   # no network; or whatever a damaged file makes torch raise
+            if there:
+                raise InputError(f"{kept}: not the ImageNet weights of {f.backbone_name} (a broken download?): "
+                                 "delete the file, and they are fetched again")
             raise InputError(f"cannot download the ImageNet weights ({getattr(e, 'reason', e)}): pass --weights none "
                              f"to start from random weights, or fetch {enum.url} elsewhere and pass --weights FILE")
     else:
@@ -329,7 +343,8 @@ def loss_er(log_S, r=None):
     """L_ER per pixel (B, H, W), in [0, 100]: 0 at the uniform distribution, 1/0.01 at a one-hot one.
 
     r defaults to 0.01 · H_max (Sec. IV-A). log_S (B, N, H, W)."""
-    H_max = math.log(log_S.shape[1])                  # −Σ_i z log z; ASSUMPTION: N of the dataset, where the paper says 12
+    # ASSUMPTION: N of the dataset, where the paper says 12 (StreetHazards')
+    H_max = math.log(log_S.shape[1])                  # −Σ_i z log z
     r = 0.01 * H_max if r is None else r
     H = -(log_S.exp() * log_S).sum(1)                 # H(S) = −Σ_i S_i log S_i
     # Eq. 6: (H_max + r) / (H(S) + r) − 1
@@ -662,8 +677,10 @@ def to_input(image, device=None):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary name beside `path`, renamed to it at the end; nothing half-written ever has the name."""
-    path = Path(path)
+    """Yields a temporary name beside `path`, renamed to it at the end; nothing half-written ever has the name.
+
+    Where `path` is a symbolic link, its target is replaced. Raises InputError where the disk is full."""
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -675,6 +692,36 @@ def replacing(path):
         if isinstance(cause, OSError) and not cause.filename:         # a full disk does not say for which file
             raise InputError(f"{path}: cannot be written: {cause.strerror or cause}; what had that name before stands")
         raise
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the output `path` for this process; a second run that wants it is refused with InputError.
+
+    The lock is the operating system's and ends with the process, however that ends; systems and file systems without
+    such locks go on without."""
+    path = Path(path)
+    file, lock = None, path.with_name(f".{path.name}.lock")
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    while rank() == 0 and fcntl:
+        file = open(lock, "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{path}: another run is writing it; wait for its end, or pass another --out")
+        except OSError:
+            break
+        with contextlib.suppress(FileNotFoundError):   # the run before may just have taken the file away
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        if file:
+            lock.unlink(missing_ok=True)
+            file.close()
 
 
 def write_bytes(path, data):
@@ -692,12 +739,27 @@ def save_npz(path, arrays):
     write_bytes(path, buffer.getvalue())
 
 
+SAMPLE_KEYS = ("format", "image", "label", "unknown", "y", "correct", "source", "history")
+SAMPLE_BYTES = 1 << 31   # no sample is larger than this when it is decompressed: 400 megapixels
+
+
 def load_sample(path):
-    """An auxiliary sample as a dict of arrays (keys: mgu_generate.py); InputError where it is none. Never unpickles."""
+    """An auxiliary sample as a dict of arrays (keys: mgu_generate.py). Never unpickles, and looks at its own keys only.
+
+    Raises InputError where the file is none, or claims to be larger than 2 GiB."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > SAMPLE_BYTES:
+            raise ValueError(f"{size >> 20} MiB when decompressed")
         with np.load(path, allow_pickle=False) as file:
+            if not set(file.files) <= set(SAMPLE_KEYS):
+                raise ValueError(f"unknown keys {sorted(set(file.files) - set(SAMPLE_KEYS))}")
             sample = {k: file[k] for k in file.files}
         image, label, unknown = sample["image"], sample["label"], sample["unknown"]
+        source = Path(str(sample.get("source", "")))
+        if source.is_absolute() or ".." in source.parts:
+            raise ValueError(f"its source {source} is not below the root of the data")
         if int(sample["format"]) != FORMAT or image.shape != (*label.shape, 3) or unknown.shape != label.shape or \
                 (image.dtype, label.dtype, unknown.dtype) != (np.uint8, np.uint8, np.bool_):
             raise ValueError("other keys, shapes or types")
@@ -729,7 +791,8 @@ def load_tensors(path, expected):
     except pickle.UnpicklingError:
         raise InputError(f"{path}: refused: not a file of tensors and plain types; expected {expected}")
     except Exception as e:   # whatever a damaged archive makes torch raise
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}: truncated or no checkpoint?); expected {expected}")
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}: truncated or no checkpoint?); "
+                         f"expected {expected}")
 
 
 def save_checkpoint(path, checkpoint):
@@ -751,14 +814,22 @@ def load_checkpoint(path):
         raise InputError(f"{path}: not {expected}")
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path}: format {checkpoint['format']}; this version reads format {FORMAT}")
+    if checkpoint["data"] not in DATASETS:
+        raise InputError(f"{path}: made with the data set {checkpoint['data']}, which this version does not know; "
+                         f"expected one of {', '.join(DATASETS)}")
     try:
-        f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]), checkpoint.get("width", 256))
+        f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
+                      checkpoint.get("width", 256))
         f.load_state_dict(checkpoint["model"])
     except InputError as e:
         raise InputError(f"{path}: {e}")
     except (RuntimeError, AttributeError, TypeError) as e:
         raise InputError(f"{path}: its weights do not fit {checkpoint['arch']} on {checkpoint['backbone']} with "
                          f"{len(checkpoint['classes'])} classes: {str(e).splitlines()[-1].strip()[:200]}")
+    for name, value in f.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {name} holds a value that is not finite; "
+                             "expected the weights of a run that went well")
     return f.eval().to(memory_format=torch.channels_last), checkpoint
 
 
@@ -772,6 +843,7 @@ def fingerprint(path):
 # ─────────────────────────────────────────────── devices ───────────────────────────────────────────────
 
 def rank():
+    """Number of this process among torchrun's, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -780,8 +852,25 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_torchrun():
+    """InputError where the environment holds a part of torchrun's variables, left over or set by hand."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = [n for n in names if n in os.environ]
+    wrong = [n for n in names if not os.environ.get(n)]
+    wrong += [n for n in names if n in found and n != "MASTER_ADDR" and not os.environ[n].isdigit()]
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found) and wrong:
+        for n in names[:3]:
+            os.environ.pop(n, None)    # the message comes from this process, whatever its rank was said to be
+        raise InputError(f"the environment sets {', '.join(found)}, but {wrong[0]} is missing or no number: "
+                         "unset them, or start with torchrun")
+
+
 def setup(device=None, tf32=False):
-    """The device of this process, and whether CUDA may round float32 products to TF32; joins torchrun's group (control messages over gloo, gradients over NCCL)."""
+    """The device of this process; joins torchrun's group (control messages over gloo, gradients over NCCL).
+
+    `tf32`: whether CUDA may round the factors of float32 products to TF32's 10 bits: where gradients are noisy anyway,
+    not where flips and scores are decided. Raises InputError for a device that is not there."""
+    check_torchrun()
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
         raise InputError(f"--device {device}: expected cuda, cuda:1 (or another number) or cpu")
     use_cuda = torch.cuda.is_available() if device is None else device != "cpu"
@@ -789,13 +878,13 @@ def setup(device=None, tf32=False):
         raise InputError(f"--device {device}: this torch {torch.__version__} sees no GPU; expected --device cpu")
     if use_cuda:
         if world() > 1 and device not in (None, "cuda"):
-            raise InputError(f"--device {device}: torchrun gives every process a GPU of its own; expected --device cuda")
+            raise InputError(f"--device {device}: torchrun gives every process a GPU of its own; "
+                             "expected --device cuda")
         device = torch.device(device if device and ":" in device else f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
         if device.index >= torch.cuda.device_count():
             raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs; expected "
                              "a lower number, or --nproc-per-node of that many at most")
         torch.cuda.set_device(device)
-        # TF32 (10-bit mantissa) where gradients are noisy anyway; full float32 where flips and scores are decided
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if world() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
@@ -858,38 +947,86 @@ def progress(iterable, description, **kwargs):
 def about_run(device, f=None):
     """One line on what runs: versions, device, processes, parameters."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    size = f" · {f.arch} on {f.backbone_name}, {sum(p.numel() for p in f.parameters()) / 1e6:.1f} M parameters" if f else ""
+    size = ""
+    if f:
+        millions = sum(p.numel() for p in f.parameters()) / 1e6
+        size = f" · {f.arch} on {f.backbone_name}, {millions:.1f} M parameters"
     return (f"python {platform.python_version()} · torch {torch.__version__} · torchvision {torchvision.__version__} · "
             f"{name} · {world()} process{'es' * (world() > 1)}{size}")
 
 
+def read_ahead(scenes, indices, threads):
+    """The items scenes[i] in the order of `indices`, read by threads while the caller works on the one before."""
+    with ThreadPoolExecutor(threads) as readers:
+        waiting = deque()
+        for i in indices:
+            waiting.append(readers.submit(scenes.__getitem__, i))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Unbroken:
+    """A standard stream that a reader may close (`| head -1`), or that was never open: the work goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")   # ỹ, · and ∞ under a latin-1 or ascii encoding
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.divert()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.divert()
+
+    def divert(self):
+        """Nobody reads any more: from now on the stream leads nowhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def fail(text, code=1):
+    """End the process with one line on stderr."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in multiprocessing.active_children():   # loader processes ignore SIGTERM: Python would wait for ever
+        process.kill()
+    if torch.distributed.is_initialized():
+        os._exit(code)   # the other ranks wait in a collective: do not join them in its destructor
+    sys.exit(code)
+
+
 def cli(main):
     """Run a script's main(); a mistake of the input is one line on stderr and exit status 1, without a traceback."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         main()
     except torch.cuda.OutOfMemoryError:
-        tqdm.write("error: out of GPU memory: lower --batch-size (mgu_generate) or --micro-batch (training), or use smaller images", file=sys.stderr)
-        os._exit(1)
+        fail("error: out of GPU memory: lower --batch-size (mgu_generate) or --micro-batch (training), "
+             "or use smaller images")
     except (InputError, OSError) as e:
-        # An error inside a loader worker arrives with that worker's traceback: its last part is ours
-        text = str(e).strip().rpartition("common.InputError: ")[2] or type(e).__name__
-        tqdm.write(f"error: {text}", file=sys.stderr)
-        sys.stderr.flush()
-        if torch.distributed.is_initialized():
-            os._exit(1)   # the other ranks wait in a collective: do not join them in its destructor
-        sys.exit(1)
+        # An error inside a loader process arrives with that process's traceback: its last part is ours
+        fail(f"error: {str(e).strip().rpartition('common.InputError: ')[2] or type(e).__name__}")
     except RuntimeError as e:
+        first_line = str(e).splitlines()[0]
         if "DataLoader worker" in str(e):
-            tqdm.write(f"error: {str(e).splitlines()[0]}: a loader process ended, most likely for want of memory: lower --workers or "
-                       "--batch-size, or give the container more shared memory", file=sys.stderr)
-        elif torch.distributed.is_initialized() and re.search("(closed|reset) by peer|NCCL|connection was", str(e), re.I):
-            tqdm.write(f"error: process {rank()} stopped, most likely because another one did ({str(e).splitlines()[0][:200]})", file=sys.stderr)
-        else:
-            raise
-        sys.stderr.flush()
-        os._exit(1)
+            fail(f"error: {first_line}: a loader process ended, most likely for want of memory: lower --workers or "
+                 "--batch-size, or give the container more shared memory")
+        if torch.distributed.is_initialized() and re.search("(closed|reset) by peer|NCCL|connection was", str(e), re.I):
+            fail(f"error: process {rank()} stopped, most likely because another one did ({first_line[:200]})")
+        raise
     except KeyboardInterrupt:
-        tqdm.write("interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted", 130)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -9,7 +9,8 @@
     torchrun --nproc-per-node 8 pretrain.py --data streethazards --root /data/streethazards --cache /scratch
     torchrun --nnodes 2 --node-rank 0 --master-addr HOST --nproc-per-node 8 pretrain.py ...    # on each of 2 machines
 
-A run that was stopped or killed continues when the same command is given again.
+The training loop is here too: `train` minimises Eq. 5, for this stage with an empty D_s, for finetune.py with the
+auxiliary set's. A run that was stopped or killed continues when the same command is given again.
 """
 import argparse
 import copy
@@ -19,6 +20,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 
 import numpy as np
 import torch
@@ -32,20 +35,28 @@ def parse():
     p = argparse.ArgumentParser(description="Train the segmenter on the known classes (Sec. IV-A).",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
     g = p.add_argument_group("data")
-    g.add_argument("--data", choices=tuple(common.DATASETS), default="toy", help="dataset (paper: streethazards, bdd; default: toy)")
+    g.add_argument("--data", choices=tuple(common.DATASETS), default="toy",
+                   help="dataset (paper: streethazards, bdd; folder: your own, with a dataset.json; default: toy)")
     g.add_argument("--root", help="folder of the dataset (default: data/<name>)")
-    g.add_argument("--anomaly", nargs="+", metavar="CLASS", help="camvid, bdd: the classes that are the anomalies "
-                   "(default: bicyclist; train and motorcycle, Sec. IV-A)")
-    g.add_argument("--cache", metavar="DIR", help="keep a decoded, memory-mapped copy of the training images here (default: decode each time)")
-    g.add_argument("--crop", type=common.whole(16), nargs=2, metavar=("H", "W"), help="pixels of a training crop (ours: 512 512)")
-    g.add_argument("--scale", type=common.real(0.01), nargs=2, metavar=("LOW", "HIGH"), help="range of the random scale, factors (ours: 0.5 2)")
+    g.add_argument("--anomaly", nargs="+", metavar="CLASS", help="camvid, bdd: the classes that are the anomalies, "
+                   "or none (default: bicyclist; train and motorcycle, Sec. IV-A)")
+    g.add_argument("--cache", metavar="DIR", help="keep a decoded, memory-mapped copy of the training images here "
+                   "(default: decode each time)")
+    g.add_argument("--crop", type=common.whole(16), nargs=2, metavar=("H", "W"),
+                   help="pixels of a training crop (ours: 512 512)")
+    g.add_argument("--scale", type=common.real(0.01), nargs=2, metavar=("LOW", "HIGH"),
+                   help="range of the random scale, factors (ours: 0.5 2)")
     g = p.add_argument_group("model")
-    g.add_argument("--arch", choices=common.ARCHS, help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A)")
-    g.add_argument("--backbone", choices=tuple(common.BACKBONES), help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
+    g.add_argument("--arch", choices=common.ARCHS,
+                   help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A; toy, camvid: fpn)")
+    g.add_argument("--backbone", choices=tuple(common.BACKBONES),
+                   help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
     g.add_argument("--width", type=common.whole(), help="channels of the fpn head (ours: 256; toy, camvid: 64)")
-    g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; toy, camvid: none)")
-    training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)")
-    p.add_argument("--val-every", type=common.whole(), help="epochs between validations (default: a fiftieth of --epochs)")
+    g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; "
+                   "toy, camvid: none)")
+    training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)", micro_batch=32)
+    p.add_argument("--val-every", type=common.whole(),
+                   help="epochs between validations (default: a fiftieth of --epochs)")
     p.add_argument("--out", default="pretrained.pt", help="checkpoint to write (default: pretrained.pt)")
     args = p.parse_args()
     if args.scale and args.scale[0] > args.scale[1]:
@@ -53,48 +64,205 @@ def parse():
     return args
 
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}   # dense bf16, from the vendor's data sheets
-
-
-def forward_tflop(f, H, W):
-    """10¹² floating-point operations (2 a multiply-add) of one image of H×W through f; a training step has 3 times that."""
-    shadow = copy.deepcopy(f).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.zeros(1, 3, H, W, device="meta"))
-    return counter.get_total_flops() / 1e12
-
-
-def share_of_peak(tflops, device):
-    """" (x % of the peak)" where the GPU's peak is known, else ""."""
-    peak = device.type == "cuda" and next((v for k, v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name(device)), None)
-    return f" ({100 * tflops / peak:.1f} % of {peak}, dense bf16)" if peak else ""
-
-
-# ─────────────────────────────────────────────── training ───────────────────────────────────────────────
-# One loop for pretrain.py (Eq. 5 with an empty D_s) and finetune.py.
-
-def training_flags(parser, epochs_help):
-    """The flags that pretrain.py and finetune.py share."""
+def training_flags(parser, epochs_help, micro_batch=32):
+    """The flags that pretrain.py and finetune.py share; `micro_batch` is the default on CUDA."""
+    parser.set_defaults(cuda_micro_batch=micro_batch)
     g = parser.add_argument_group("training (Sec. IV-A)")
     g.add_argument("--epochs", type=common.whole(), help=epochs_help)
-    g.add_argument("--batch-size", type=common.whole(2), help="images a step, over all devices (paper: 256; toy, camvid: 8)")
-    g.add_argument("--lr", type=common.real(0, above=True), help="learning rate of Adam (paper: 1e-4; in pretraining, toy: 2e-3, camvid: 1e-3)")
-    g.add_argument("--schedule", choices=("constant", "poly"), help="learning rate over the steps; poly is lr·(1 − t/T)^0.9, "
-                   "DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
+    g.add_argument("--batch-size", type=common.whole(2),
+                   help="images a step, over all devices (paper: 256; toy, camvid: 8)")
+    g.add_argument("--lr", type=common.real(0, above=True),
+                   help="learning rate of Adam (paper: 1e-4; in pretraining, toy: 2e-3, camvid: 1e-3)")
+    g.add_argument("--schedule", choices=("constant", "poly"), help="learning rate over the steps; poly is "
+                   "lr·(1 − t/T)^0.9, DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of every random number (ours: 0)")
-    g.add_argument("--bn", choices=("train", "frozen"),
-                   help="batch norm: statistics of the micro-batch, or the running ones, not updated (ours: train; camvid: frozen in fine-tuning)")
-    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics and dropout masks)")
-    g.add_argument("--micro-batch", type=common.whole(2), help="images a forward pass and device (default: 32 on CUDA, "
-                   "halved where they do not fit its memory, and 16 on a CPU)")
-    g.add_argument("--precision", choices=("float32", "bf16"), help="autocast of the forward pass (default: bf16 on CUDA, else float32)")
-    g.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all GPUs (torchrun; give --micro-batch)")
+    g.add_argument("--bn", choices=("train", "frozen"), help="batch norm: statistics of the micro-batch, or the "
+                   "running ones, not updated (ours: train; camvid: frozen in fine-tuning)")
+    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics "
+                                  "and dropout masks)")
+    g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device (default: "
+                   f"{micro_batch} on CUDA, halved where they do not fit its memory, and 16 on a CPU)")
+    g.add_argument("--precision", choices=("float32", "bf16"),
+                   help="autocast of the forward pass (default: bf16 on CUDA, else float32)")
+    g.add_argument("--sync-bn", action="store_true",
+                   help="batch-norm statistics over all GPUs (torchrun; give --micro-batch)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--workers", type=common.whole(0), help="loader processes a rank, each of which keeps one batch in shared memory (default: 8 on CUDA, else 0)")
+    g.add_argument("--workers", type=common.whole(0), help="loader processes a rank, each of which keeps one batch "
+                   "in shared memory (default: 8 on CUDA, else 0)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
     g = parser.add_argument_group("files")
-    g.add_argument("--save-every", type=common.real(0), default=5.0, help="minutes between checkpoints inside an epoch (default: 5)")
+    g.add_argument("--save-every", type=common.real(0), default=5.0,
+                   help="minutes between checkpoints; one is written before a validation too (default: 5)")
     g.add_argument("--restart", action="store_true", help="start over, where --out holds an earlier run")
+
+
+# ──────────────────────────────────────────── the training loop ────────────────────────────────────────────
+
+def train(f, data, args, device, settings, facts, validate=None, val_every=1):
+    """Minimise Eq. 5 over `data` with Adam; writes args.out (and .jsonl, .png beside it) and returns nothing.
+
+    f         Segmenter on `device`
+    data      a map-style set of dict(image uint8 (3, H, W), label uint8 (H, W)[, unknown bool (H, W)], index), with
+              name(i); its items are functions of (epoch, i)
+    settings  every plain value that decides the result; a checkpoint of other settings is refused
+    facts     what later stages need, stored in the checkpoint
+    validate  f → dict(miou), every `val_every` epochs and at the end
+
+    The gradient is that of the whole global batch: each part divides its loss sums by the pixel counts of the
+    batch (Eq. 5 is an expectation over pixels), and parts and ranks are summed by one all-reduce. Every random
+    number is a function of (seed, epoch, step), so model, optimiser and position are the whole state, and a run
+    that was killed continues to the same result (bit-identical on a CPU).
+    Raises InputError for a non-finite loss or step, after which the last good checkpoint stands.
+    """
+    run = Run(f, data, args, device)
+    with common.locked(run.out):
+        if not resume(run, settings):
+            return
+        net = prepare(f, args, run, device)
+        loader = iter(batches(data, args, run, device))
+        run.stop = catch_signals()
+        if run.validation_due:                       # the run was stopped between the last step of an epoch and this
+            end_epoch(run, validate, val_every)
+        bar = common.progress(None, "training", total=run.total, initial=run.t, unit="step")
+
+        while run.t < run.total:
+            f.train()
+            if args.bn == "frozen":
+                freeze_batch_norm(f)
+            batch = next(loader)
+            n_k, n_s, stopped = count_pixels(batch, f.num_classes, run)
+            loss = gradient(net, batch, n_k, n_s, args, run, device)             # of Eq. 5, of this rank's share
+            sum_over_ranks(loss, f, args)
+            for group in run.optimiser.param_groups:
+                group["lr"] = learning_rate(args, run.t / run.total)
+            run.optimiser.step()
+            run.pending.append((run.t, loss, batch["index"].tolist()))
+            run.t += 1
+            bar.update()
+
+            run.validation_due = bool(validate) and run.t % run.n_steps == 0 and \
+                (run.t // run.n_steps % val_every == 0 or run.t == run.total)
+            due = run.validation_due or stopped or time.time() - run.saved > 60 * args.save_every
+            if due or len(run.pending) >= run.interval or run.t == run.total:
+                report(run, batch, bar)
+            if due:
+                save(run, settings, facts)
+            if stopped:
+                bar.close()
+                common.say(f"stopped by a signal: {run.out} holds {run.position()}; the same command continues")
+                sys.exit(128 + (run.stop or [signal.SIGTERM])[0])
+            if run.t % run.n_steps == 0:
+                end_epoch(run, validate, val_every)
+
+        save(run, settings, facts)
+        bar.close()
+        if common.rank() == 0:
+            training_curves(run.log_path, beside(run.out, ".png"))
+        common.say(f"wrote {run.out} ({time.time() - run.started:.0f} s)")
+
+
+class Run:
+    """Where a run stands: files, sizes, and the position t in steps over all epochs."""
+
+    def __init__(self, f, data, args, device):
+        self.f, self.data, self.epochs = f, data, args.epochs
+        self.batch_size = min(args.batch_size, len(data))
+        if self.batch_size < 2 * common.world():
+            remedy = "give --batch-size 2 or more" if args.batch_size < 2 * common.world() else \
+                "add images, or start fewer processes"
+            raise common.InputError(f"a batch of {self.batch_size} images is too small for {common.world()} processes: "
+                                    f"batch norm on the pooled branch needs 2 images each; {remedy}")
+        self.n_steps = len(data) // self.batch_size                        # steps of an epoch
+        self.t, self.total, self.first = 0, args.epochs * self.n_steps, 0  # steps done, of all, of earlier runs
+        self.out = Path(args.out)
+        self.log_path = beside(self.out, ".jsonl")
+        self.restart, self.device, self.cuda = args.restart, device, device.type == "cuda"
+        # ASSUMPTION: a new optimiser in fine-tuning
+        self.optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)
+        self.micro = args.micro_batch or (args.cuda_micro_batch if self.cuda else 16)
+        self.interval = 20 if self.cuda else 1       # steps between looks at the loss, so that the host never waits
+        self.pending, self.labelled, self.told, self.validation_due = [], 0, False, False
+        self.started = self.saved = time.time()
+
+    def position(self):
+        return "epoch {}, step {}".format(*divmod(self.t, self.n_steps))
+
+
+def beside(out, suffix):
+    """ft.pt → ft.jsonl; any other name keeps all of itself: ft_alpha0.05 → ft_alpha0.05.jsonl."""
+    return out.with_name(out.name.removesuffix(".pt") + suffix)
+
+
+def resume(run, settings):
+    """Take model, optimiser and position from an earlier run of the same settings. False where it is complete."""
+    out = run.out
+    twin = beside(out, "" if out.name.endswith(".pt") else ".pt")
+    if twin.is_file():
+        raise common.InputError(f"{out}: {twin} is there, and both would log to {run.log_path}; expected another --out")
+    if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
+        raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
+    if out.exists() and not run.restart:
+        checkpoint = common.load_checkpoint(out)[1]
+        epoch, step = adopt(checkpoint, settings, out)
+        if epoch >= run.epochs:
+            common.say(f"{out} is complete ({epoch} epochs); --restart starts over")
+            return False
+        run.f.load_state_dict(checkpoint["model"])
+        run.optimiser.load_state_dict(checkpoint["optimiser"])
+        run.t = run.first = epoch * run.n_steps + step
+        run.validation_due = step == run.n_steps
+        common.say(f"continuing {out} from epoch {epoch}, step {step}")
+        if checkpoint.get("micro_batch", run.micro) != run.micro:
+            common.say(f"note: --micro-batch was {checkpoint['micro_batch']} and is {run.micro}: "
+                       "batch norm sees other parts of a batch")
+    if common.rank() == 0:
+        trim_log(run)
+    return True
+
+
+def trim_log(run):
+    """Drop what was logged after the checkpoint: it is computed again."""
+    for leftover in run.out.parent.glob(f".{run.out.name}.tmp*"):   # of a run that was killed
+        leftover.unlink()
+    lines = run.log_path.read_text().splitlines() if run.first and run.log_path.exists() else []
+    values = [json.loads(line) for line in lines if line.endswith("}")]   # the last one may be half-written
+    kept = [v for v in values if v["step"] < run.first
+            or (v["step"] == run.first and ("loss" in v or not run.validation_due))]
+    common.write_bytes(run.log_path, "".join(json.dumps(v) + "\n" for v in kept).encode())
+
+
+def adopt(checkpoint, settings, path):
+    """The (epoch, step) to continue from; InputError names the setting in which the earlier run differs."""
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    for name, value in settings.items():
+        before, value = plain(checkpoint["settings"].get(name)), plain(value)
+        longer = name == "epochs" and value > before and settings["schedule"] == "constant"
+        if before != value and not longer:
+            raise common.InputError(f"{path}: made with {name.replace('_', '-')} {before}, this run has {value}; "
+                                    "pass --restart to start over, or another --out")
+    return checkpoint["epoch"], checkpoint["step"]
+
+
+def prepare(f, args, run, device):
+    """f as it is called: with synchronised batch norm, compiled, or itself."""
+    if args.sync_bn and common.world() > 1 and run.cuda:
+        if not args.micro_batch:
+            raise common.InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
+        if run.batch_size % common.world():
+            raise common.InputError(f"--sync-bn: expected a batch that {common.world()} processes share evenly, "
+                                    f"found {run.batch_size}")
+        f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
+    torch.backends.cudnn.benchmark = run.cuda    # one shape for the whole run: let cuDNN try its algorithms
+    return torch.compile(f) if args.compile else f
+
+
+def batches(data, args, run, device):
+    """The loader of this rank's share of every batch from position t on."""
+    workers = (8 if run.cuda else 0) if args.workers is None else args.workers
+    order = epoch_batches(len(data), args.batch_size, args.seed, *divmod(run.t, run.n_steps), args.epochs)
+    return torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=run.cuda,
+                                       prefetch_factor=1 if workers else None, collate_fn=collate,
+                                       worker_init_fn=ignore_signals)
 
 
 def epoch_batches(n, batch_size, seed, epoch, step, epochs):
@@ -111,216 +279,192 @@ def epoch_batches(n, batch_size, seed, epoch, step, epochs):
         epoch, step = epoch + 1, 0
 
 
-def ignore_signals(_):
-    """For loader workers: the main process saves and leaves, they only feed it."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_IGN)
-
-
 def collate(items):
     """A batch dict of tensors; InputError where the images differ in size."""
     sizes = {tuple(item["label"].shape) for item in items}
     if len(sizes) > 1:
-        raise common.InputError(f"images of different sizes in one batch ({' and '.join(f'{w}×{h}' for h, w in sorted(sizes)[:2])}); "
-                         "expected one size: resize the data")
+        two = " and ".join(f"{w}×{h}" for h, w in sorted(sizes)[:2])
+        raise common.InputError(f"images of different sizes in one batch ({two}); expected one size: resize the data")
     return torch.utils.data.default_collate(items)
 
 
-def adopt(checkpoint, settings, path):
-    """The (epoch, step) to continue from; InputError names the setting in which the earlier run differs."""
-    for name, value in settings.items():
-        before = checkpoint["settings"].get(name)
-        if isinstance(before, list):
-            before = tuple(before)
-        if isinstance(value, list):
-            value = tuple(value)
-        if before != value and not (name == "epochs" and value > before and settings["schedule"] == "constant"):
-            raise common.InputError(f"{path}: made with {name.replace('_', '-')} {before}, this run has {value}; "
-                             "pass --restart to start over, or another --out")
-    return checkpoint["epoch"], checkpoint["step"]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
-def train(f, data, args, device, settings, facts, validate=None, val_every=1):
-    """Minimise Eq. 5 over `data` with Adam; writes args.out (and .jsonl, .png beside it) and returns nothing.
-
-    f: Segmenter on `device`. data: a map-style set of dict(image, label[, unknown], index) with name(i).
-    settings: every plain value that decides the result; a checkpoint of other settings is refused.
-    facts: what later stages need, stored in the checkpoint. validate(f) → dict, every `val_every` epochs.
-
-    The gradient is that of the whole global batch: each part divides its loss sums by the pixel counts of the
-    batch (Eq. 5 is an expectation over pixels), and parts and ranks are summed by one all-reduce. Every random
-    number is a function of (seed, epoch, step), so model, optimiser and position are the whole state, and a run
-    that was killed continues to the same result (bit-identical on a CPU).
-    Raises InputError for a non-finite loss, after which the last good checkpoint stands.
-    """
-    n_steps = max(len(data) // args.batch_size, 1)
-    if min(args.batch_size, len(data)) < 2 * common.world():
-        raise common.InputError(f"a batch of {min(args.batch_size, len(data))} images is too small for {common.world()} processes: "
-                         "batch norm on the pooled branch needs 2 images each")
-    cuda = device.type == "cuda"
-    optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)   # ASSUMPTION: a new one in fine-tuning
-    out, epoch, step = Path(args.out), 0, 0
-    log_path = out.with_suffix(".jsonl")
-    if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
-        raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all of them share")
-    if out.exists() and not args.restart:
-        checkpoint = common.load_checkpoint(out)[1]
-        epoch, step = adopt(checkpoint, settings, out)
-        if epoch >= args.epochs:
-            common.say(f"{out} is complete ({epoch} epochs); --restart starts over")
-            return
-        f.load_state_dict(checkpoint["model"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        common.say(f"continuing {out} from epoch {epoch}, step {step}")
-    first = epoch * n_steps + step
-    if common.rank() == 0:   # what was logged after the checkpoint is computed again
-        for leftover in out.parent.glob(f".{out.name}.tmp*"):   # of a run that was killed
-            leftover.unlink()
-        old = log_path.read_text().splitlines() if first and log_path.exists() else []
-        old = [json.loads(line) for line in old if line.endswith("}")]   # the last one may be half-written
-        kept = [v for v in old if v["step"] < first or (v["step"] == first and ("loss" in v or step == 0))]
-        common.write_bytes(log_path, "".join(json.dumps(v) + "\n" for v in kept).encode())
-    if args.sync_bn and common.world() > 1 and cuda:
-        if not args.micro_batch:
-            raise common.InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
-        if min(args.batch_size, len(data)) % common.world():
-            raise common.InputError(f"--sync-bn: expected a batch that {common.world()} processes share evenly, found {min(args.batch_size, len(data))}")
-        f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
-    net = torch.compile(f) if args.compile else f
-    parameters = [p for p in f.parameters() if p.requires_grad]
-    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
-    dtype = torch.bfloat16 if (args.precision or ("bf16" if cuda else "float32")) == "bf16" else torch.float32
-    micro = args.micro_batch or (32 if cuda else 16)
-    workers = (8 if cuda else 0) if args.workers is None else args.workers
-    loader = iter(torch.utils.data.DataLoader(
-        data, batch_sampler=epoch_batches(len(data), args.batch_size, args.seed, epoch, step, args.epochs),
-        num_workers=workers, pin_memory=cuda, prefetch_factor=1 if workers else None, collate_fn=collate,
-        worker_init_fn=ignore_signals))
-
-    stop = []     # the signal that asks to save and leave
-    for s in (signal.SIGTERM, signal.SIGINT):
+def catch_signals():
+    """A list that fills with the signals that ask to save and leave; schedulers send SIGUSR1 before they kill."""
+    stop = []
+    for s in SIGNALS:
         signal.signal(s, lambda number, _: stop.append(number))
+    return stop
 
-    def save(epoch, step):
-        if not all(torch.isfinite(p).all() for p in parameters):   # a finite loss can have a step that is not
-            raise common.InputError(f"the weights are not finite after epoch {epoch}, step {step} (lower --lr?); "
-                             + (f"{out} holds the last good state" if out.exists() else "nothing was saved yet"))
-        if common.rank() == 0:
-            common.save_checkpoint(out, dict(facts, model=f.state_dict(), optimiser=optimiser.state_dict(),
-                                      settings=settings, epoch=epoch, step=step))
 
-    def log(**values):
-        if common.rank() == 0:
-            with open(log_path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+def ignore_signals(_):
+    """For loader processes: the main process saves and leaves, they only feed it."""
+    for s in SIGNALS:
+        signal.signal(s, signal.SIG_IGN)
 
-    pending = []   # (epoch, step, loss on the device, indices): read every `interval` steps, so that the host never waits
 
-    def settle():
-        """Bring the pending losses to the host; the last one, finite, or InputError."""
-        for e, s, value, indices in pending:
-            value = float(value)
-            if not math.isfinite(value):
-                raise common.InputError(f"loss {value} at epoch {e}, step {s}; images {', '.join(data.name(i) for i in indices)}; "
-                                 + (f"{out} holds the last good state" if out.exists() else "nothing was saved yet"))
-        pending.clear()
-        return value
+def freeze_batch_norm(f):
+    for m in f.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
 
-    interval = 20 if cuda else 1
-    started, saved, told = time.time(), time.time(), False
-    bar = common.progress(None, "training", total=args.epochs * n_steps, initial=first, unit="step")
-    while epoch < args.epochs:
-        if step == n_steps:   # the state was saved as (epoch, n_steps): validation may take long
-            epoch, step = epoch + 1, 0
-            text = f"epoch {epoch}/{args.epochs}"
-            if validate and (epoch % val_every == 0 or epoch == args.epochs):
-                figures = validate(f)
-                log(step=epoch * n_steps, epoch=epoch, **figures)
-                text += "".join(f", validation {k} {v:.2f}" for k, v in figures.items())
-            if epoch % max(1, args.epochs // 50) == 0 or epoch == args.epochs:
-                common.say(f"{text}, {time.time() - started:.0f} s")
-            continue
-        f.train()
-        if args.bn == "frozen":
-            for m in f.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
-        batch = next(loader)
-        image, label = batch["image"], batch["label"]
-        unknown = batch["unknown"] if "unknown" in batch else torch.zeros_like(label, dtype=torch.bool)
-        # Pixels of the global batch, and whether a rank was asked to stop: on the host, before the forward pass
-        n_k, n_s, stopped = common.all_sum(torch.tensor([int(((label < f.num_classes) & ~unknown).sum()), int(unknown.sum()),
-                                                  len(stop)])).tolist()
-        while True:
-            logits = part_loss = None   # after a failed try: let its graph go
-            torch.manual_seed((args.seed * 1_000_003 + epoch * n_steps + step) * 1009 + common.rank())   # dropout
-            optimiser.zero_grad()
-            loss = torch.zeros((), device=device)
-            try:
-                # at least 2 images in every part: batch norm after a 1×1 pooling cannot do with one
-                parts = min(-(-len(label) // micro), len(label) // 2)
-                for X, Z, D_s in zip(*(t.tensor_split(parts) for t in (image, label, unknown))):
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        logits = net(common.to_input(X, device))
-                    part_loss = common.objective(logits, Z.to(device), D_s.to(device), args.alpha, args.loss, n_k, n_s)
-                    part_loss.backward()
-                    loss += part_loss.detach()
-                break
-            except torch.cuda.OutOfMemoryError:
-                micro = min(micro, len(label)) // 2
-                if args.micro_batch or micro < 2:
-                    raise common.InputError(f"out of GPU memory with {2 * micro} images a forward pass: lower --micro-batch "
-                                     "(2 at least) or the image size")
-                torch.cuda.empty_cache()
-                print(f"rank {common.rank()}: out of GPU memory, going on with --micro-batch {micro}", flush=True)
-        if common.world() > 1:
-            # ASSUMPTION: the running averages of batch norm are the mean over the ranks
-            averages = [b for name, b in f.named_buffers() if "running_" in name and args.bn == "train"]
-            tensors = [loss, *(p.grad for p in parameters), *averages]
-            flat = common.all_sum(torch.cat([t.reshape(-1) for t in tensors]))
-            for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
-                t.copy_(summed.view_as(t))
-            for b in averages:
-                b.div_(common.world())
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * ((1 - (epoch * n_steps + step) / (args.epochs * n_steps))**0.9 if args.schedule == "poly" else 1)
-        optimiser.step()
-        pending.append((epoch, step, loss, batch["index"].tolist()))
-        step += 1
-        bar.update()
-        due = step == n_steps or stopped or time.time() - saved > 60 * args.save_every
-        if len(pending) >= interval or due:
-            value, elapsed, now = settle(), time.time() - started, epoch * n_steps + step
-            rate = (now - first) * min(args.batch_size, len(data)) / elapsed
-            memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
-            log(step=now, epoch=epoch, loss=value, images_per_second=round(rate, 2), seconds=round(elapsed, 2))
-            bar.set_postfix_str(f"loss {value:.4f}, {rate:.1f} img/s" + f", {memory:.1f} GiB" * cuda)
-            if not told and now - first >= min(5 * interval, n_steps):
-                told = True
-                tflops = 3 * forward_tflop(f, *label.shape[1:]) * rate / common.world()
-                common.say(f"{rate:.1f} images/s, {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, device)}: about {(args.epochs * n_steps - now) * elapsed / (now - first) / 3600:.2f} h "
-                    f"for the {args.epochs * n_steps - now} steps of batch {min(args.batch_size, len(data))} that are left")
-        if due:
-            save(epoch, step)
-            saved = time.time()
-        if stopped:
-            bar.close()
-            common.say(f"stopped by a signal: {out} holds epoch {epoch}, step {step}; the same command continues")
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    save(epoch, step)
-    bar.close()
+
+def count_pixels(batch, N, run):
+    """(|D_k|, |D_s|) of the global batch, and how many ranks were asked to stop: on the host, before the forward."""
+    label = batch["label"]
+    unknown = batch.setdefault("unknown", torch.zeros_like(label, dtype=torch.bool))
+    known = (label < N) & ~unknown
+    counts = torch.tensor([int(known.sum()), int(unknown.sum()), len(run.stop)])
+    n_k, n_s, stopped = common.all_sum(counts).tolist()
+    run.labelled += n_k
+    if not run.labelled and run.t + 1 - run.first >= min(10, run.n_steps):
+        raise common.InputError(f"{run.data.name(0)} and the images after it: no labelled pixel in "
+                                f"{run.t + 1 - run.first} steps; expected labels of the {N} classes")
+    return n_k, n_s, stopped
+
+
+def gradient(net, batch, n_k, n_s, args, run, device):
+    """Backpropagate Eq. 5 over this rank's share, in parts that fit the memory; returns its value on the device."""
+    buffers = [(b, b.clone()) for b in run.f.buffers()] if run.cuda and not args.micro_batch else []
+    while True:
+        try:
+            return accumulate(net, batch, n_k, n_s, args, run, device)
+        except torch.cuda.OutOfMemoryError:
+            run.micro = min(run.micro, len(batch["label"])) // 2
+            if args.micro_batch or run.micro < 2:
+                raise common.InputError(f"out of GPU memory with {2 * run.micro} images a forward pass: lower "
+                                        "--micro-batch (2 at least) or the image size")
+        torch.cuda.empty_cache()
+        with torch.no_grad():
+            for b, before in buffers:    # the failed part has moved the running averages of batch norm
+                b.copy_(before)
+        print(f"rank {common.rank()}: out of GPU memory, going on with --micro-batch {run.micro}", flush=True)
+
+
+def accumulate(net, batch, n_k, n_s, args, run, device):
+    """One try of `gradient` with parts of run.micro images."""
+    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
+    precision = args.precision or ("bf16" if run.cuda else "float32")
+    torch.manual_seed(((args.seed * 1_000_003 + run.t) * 1009 + common.rank()) % 2**63)   # dropout
+    run.optimiser.zero_grad()
+    loss = torch.zeros((), device=device)
+    n = len(batch["label"])
+    parts = min(-(-n // run.micro), n // 2)   # at least 2 images each: batch norm after a 1×1 pooling needs them
+    for part in zip(*(batch[k].tensor_split(parts) for k in ("image", "label", "unknown"))):
+        image, Z, D_s = (v.to(device, non_blocking=True) for v in part)          # before the forward pass: no wait
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = net(common.to_input(image))                                 # (b, N, H, W)
+        part_loss = common.objective(logits, Z, D_s, args.alpha, args.loss, n_k, n_s)
+        part_loss.backward()
+        loss += part_loss.detach()
+    return loss
+
+
+def sum_over_ranks(loss, f, args):
+    """One all-reduce of the loss and every gradient. ASSUMPTION: the running averages of batch norm are the mean."""
+    if common.world() == 1:
+        return
+    averages = [b for name, b in f.named_buffers() if "running_" in name and args.bn == "train"]
+    tensors = [loss, *(p.grad for p in f.parameters() if p.requires_grad), *averages]
+    flat = common.all_sum(torch.cat([t.reshape(-1) for t in tensors]))
+    for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(summed.view_as(t))
+    for b in averages:
+        b.div_(common.world())
+
+
+def learning_rate(args, done):
+    """The rate of the step that follows a share `done` of the run."""
+    return args.lr * ((1 - done)**0.9 if args.schedule == "poly" else 1)
+
+
+def report(run, batch, bar):
+    """Look at the losses since the last report (InputError where one is not finite), log the last, tell the rate."""
+    for t, value, indices in run.pending:
+        value = float(value)
+        if not math.isfinite(value):
+            epoch, step = divmod(t, run.n_steps)
+            names = ", ".join(run.data.name(i) for i in indices)
+            raise common.InputError(f"loss {value} at epoch {epoch}, step {step}; images {names}; {stands(run)}")
+    run.pending.clear()
+    done, elapsed = run.t - run.first, time.time() - run.started
+    rate = done * run.batch_size / elapsed
+    memory = torch.cuda.max_memory_allocated(run.device) / 2**30 if run.cuda else 0
+    log(run, step=run.t, epoch=(run.t - 1) // run.n_steps, loss=value, images_per_second=round(rate, 2),
+        seconds=round(elapsed, 2), **({"gib": round(memory, 2), "micro_batch": run.micro} if run.cuda else {}))
+    bar.set_postfix_str(f"loss {value:.4f}, {rate:.1f} img/s" + f", {memory:.1f} GiB" * run.cuda)
+    if not run.told and done >= min(5 * run.interval, run.n_steps):
+        run.told = True
+        tflops = 3 * forward_tflop(run.f, *batch["label"].shape[1:]) * rate / common.world()
+        left = run.total - run.t
+        common.say(f"{rate:.1f} images/s, {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, run.device)}: about "
+                   f"{left * elapsed / done / 3600:.2f} h for the {left} steps of batch {run.batch_size} that are left")
+
+
+def log(run, **values):
     if common.rank() == 0:
-        training_curves(log_path, out.with_suffix(".png"))
-    common.say(f"wrote {out} ({time.time() - started:.0f} s)")
+        with open(run.log_path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def stands(run):
+    return f"{run.out} holds the last good state" if run.out.exists() else "nothing was saved yet"
+
+
+def save(run, settings, facts):
+    """Write the checkpoint of position t; InputError where the weights are not finite."""
+    finite = torch.stack([torch.isfinite(p).all() for p in run.f.parameters()]).all()
+    if not finite:                              # a finite loss can have a step that is not
+        epoch, step = divmod(run.t - 1, run.n_steps)
+        raise common.InputError(f"the weights are not finite after epoch {epoch}, step {step + 1} (lower --lr?); "
+                                f"{stands(run)}")
+    epoch, step = divmod(run.t, run.n_steps)
+    if run.validation_due:                      # (epoch, n_steps): the epoch's validation is still to come
+        epoch, step = epoch - 1, run.n_steps
+    if common.rank() == 0:
+        common.save_checkpoint(run.out, dict(facts, model=run.f.state_dict(), optimiser=run.optimiser.state_dict(),
+                                             settings=settings, epoch=epoch, step=step, micro_batch=run.micro))
+    run.saved = time.time()
+
+
+def end_epoch(run, validate, val_every):
+    """Tell that an epoch has ended, and validate where that is due."""
+    epoch = run.t // run.n_steps
+    text = f"epoch {epoch}/{run.epochs}"
+    if run.validation_due:
+        figures = validate(run.f)
+        log(run, step=run.t, epoch=epoch, **figures)
+        for name, value in figures.items():
+            text += f", validation {name} {value:.2f}" if value is not None else ", validation: no labelled pixel"
+        run.validation_due = False
+    if epoch % max(1, run.epochs // 50) == 0 or epoch == run.epochs:
+        common.say(f"{text}, {time.time() - run.started:.0f} s")
+
+
+@torch.inference_mode()
+def validation(f, scenes, device):
+    """dict(miou) of f on a split at full size, shared by the ranks, one image at a time (sizes may differ).
+
+    miou is in percent, None where no pixel of the split has a class."""
+    f.eval()
+    matrix = torch.zeros(f.num_classes, f.num_classes, dtype=torch.int64)
+    share = range(common.rank(), len(scenes), common.world())
+    items = common.read_ahead(scenes, share, threads=8 if device.type == "cuda" else 1)
+    for item in common.progress(items, "validating", total=len(share), leave=False):
+        prediction = f(common.to_input(item["image"][None], device)).argmax(1)[0].cpu()
+        matrix += common.confusion(prediction, item["label"], f.num_classes)
+    return dict(miou=common.segmentation_metrics(common.all_sum(matrix), scenes.classes)["miou"])
 
 
 def training_curves(log_path, png):
-    """Figure of the loss and, where it was measured, the validation mIoU against the epoch."""
+    """Figure of the loss and, where it was measured, the validation mIoU against the step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
-    loss, miou = [v for v in lines if "loss" in v], [v for v in lines if "miou" in v]
+    loss, miou = [v for v in lines if "loss" in v], [v for v in lines if v.get("miou") is not None]
     fig, ax = plt.subplots(figsize=(6, 3.2), constrained_layout=True)
     window = max(1, len(loss) // 100)
     smooth = np.convolve([v["loss"] for v in loss], np.ones(window) / window, "valid")
@@ -335,17 +479,25 @@ def training_curves(log_path, png):
     plt.close(fig)
 
 
-@torch.inference_mode()
-def validation(f, scenes, device):
-    """dict(miou) of f on a split at full size, shared by the ranks, one image at a time (sizes may differ)."""
-    f.eval()
-    matrix = torch.zeros(f.num_classes, f.num_classes, dtype=torch.int64)
-    for i in common.progress(range(common.rank(), len(scenes), common.world()), "validating", leave=False):
-        item = scenes[i]
-        prediction = f(common.to_input(item["image"][None], device)).argmax(1)[0].cpu()
-        matrix += common.confusion(prediction, item["label"], f.num_classes)
-    return dict(miou=common.segmentation_metrics(common.all_sum(matrix), scenes.classes)["miou"])
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}   # dense bf16, from the vendor's data sheets
 
+
+def forward_tflop(f, H, W):
+    """10¹² operations (2 a multiply-add) of one image of H×W through f; a training step has 3 times that."""
+    shadow = copy.deepcopy(f).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.zeros(1, 3, H, W, device="meta"))
+    return counter.get_total_flops() / 1e12
+
+
+def share_of_peak(tflops, device):
+    """" (x % of the peak)" where the GPU's peak is known, else ""."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    return f" ({100 * tflops / peak:.1f} % of {peak}, dense bf16)" if peak else ""
+
+
+# ─────────────────────────────────────────────── stage 1 ───────────────────────────────────────────────
 
 def main():
     args = parse()
@@ -354,21 +506,24 @@ def main():
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
         args.root = common.default_root(args.data, args.root)
-        scenes = common.Scenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed, cache=args.cache)
+        scenes = common.Scenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
+                               cache=args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width)
     common.load_backbone(f, args.weights)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
-    common.say(f"{args.data} at {args.root}: {len(scenes)} training and {len(val)} validation images, N = {len(scenes.classes)}")
+    common.say(f"{args.data} at {args.root}: {len(scenes)} training and {len(val)} validation images, "
+               f"N = {len(scenes.classes)}")
 
-    names = ("data", "anomaly", "arch", "backbone", "width", "weights", "epochs", "batch_size", "lr", "crop", "scale", "schedule", "bn", "seed")
+    names = ("data", "anomaly", "arch", "backbone", "width", "weights", "epochs", "batch_size", "lr", "crop", "scale",
+             "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, dataset=scenes.identity())
-    facts = dict(stage="pretrain", arch=args.arch, backbone=args.backbone, width=args.width, classes=list(scenes.classes), data=args.data,
-                 root=args.root, anomaly=args.anomaly)
-    train(f, scenes, args, device, settings, facts,
-                 validate=lambda f: validation(f, val, device), val_every=args.val_every or max(1, args.epochs // 50))
+    facts = dict(stage="pretrain", arch=args.arch, backbone=args.backbone, width=args.width,
+                 classes=list(scenes.classes), data=args.data, root=args.root, anomaly=args.anomaly)
+    train(f, scenes, args, device, settings, facts, validate=lambda f: validation(f, val, device),
+          val_every=args.val_every or max(1, args.epochs // 50))
 
 
 if __name__ == "__main__":

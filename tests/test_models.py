@@ -40,7 +40,7 @@ def f(request):
 
 @torch.inference_mode()
 def test_shapes_and_output_stride(f):
-    stride = 16 if (f.arch, f.backbone_name) == ("deeplabv3", SMALL) else 8
+    stride = 4 if f.arch == "fpn" else 16 if (f.arch, f.backbone_name) == ("deeplabv3", SMALL) else 8
     sizes = []
     hook = f.classifier.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape[-2:])))
     for H, W in ((64, 96), (65, 97), (71, 50)):
