@@ -254,8 +254,8 @@ def build_backbone(arch, name):
         trunk = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, dilated, dilated])
     elif name == "mobilenet_v2":
         trunk = torchvision.models.mobilenet_v2().features
-        if dilated:
-            dilate(trunk, 14 if arch == "deeplabv3" else 7)
+        for first in (14, 7)[:{"deeplabv3": 1, "pspnet": 2}.get(arch, 0)]:   # the blocks of stride 32, and of 16
+            dilate(trunk, first)
     else:
         trunk = torchvision.models.mobilenet_v3_large(dilated=dilated).features
         if arch == "pspnet":
@@ -271,7 +271,7 @@ def dilate(trunk, first):
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1):
                 if conv.stride == (2, 2):
-                    conv.stride = (1, 1)
+                    conv.stride = (1, 1)          # itself on the fine grid as on the coarse one
                 else:
                     conv.dilation = tuple(2 * d for d in conv.dilation)
                     conv.padding = tuple(2 * p for p in conv.padding)

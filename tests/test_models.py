@@ -15,8 +15,8 @@ from torchvision.transforms.functional import normalize
 import common
 import mgu_generate
 
-SMALL, LARGE = "mobilenet_v3_large", "resnet50"
-MODELS = [(arch, backbone) for arch in common.ARCHS for backbone in (SMALL, LARGE)]
+SMALL, LARGE, V2 = "mobilenet_v3_large", "resnet50", "mobilenet_v2"
+MODELS = [(arch, backbone) for arch in common.ARCHS for backbone in (SMALL, V2, LARGE)]
 
 
 def lived_in(module, seed=0):
@@ -40,7 +40,7 @@ def f(request):
 
 @torch.inference_mode()
 def test_shapes_and_output_stride(f):
-    stride = 4 if f.arch == "fpn" else 16 if (f.arch, f.backbone_name) == ("deeplabv3", SMALL) else 8
+    stride = 4 if f.arch == "fpn" else 16 if f.arch == "deeplabv3" and f.backbone_name != LARGE else 8
     sizes = []
     hook = f.classifier.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape[-2:])))
     for H, W in ((64, 96), (65, 97), (71, 50)):
@@ -151,13 +151,57 @@ def test_pyramid_pooling():
 
 
 @torch.inference_mode()
-def test_dilated_mobilenet_is_the_same_network_on_a_finer_grid(monkeypatch):
+def test_feature_pyramid():
+    """Laterals, sums from coarse to fine and the 3×3 convolution, in numpy."""
+    torch.manual_seed(1)
+    channels, sizes = (6, 5, 4, 3), ((16, 24), (8, 12), (4, 6), (2, 3))
+    head = lived_in(common.FeaturePyramid(channels, 7).double())
+    maps = {str(n): torch.randn(1, c, *size, dtype=torch.float64) for n, (c, size) in enumerate(zip(channels, sizes))}
+    x = 0
+    for m, conv, size in reversed(list(zip(maps.values(), head.lateral, sizes))):
+        lateral = np.einsum("chw,dc->dhw", m[0].numpy(), conv.weight.numpy()[..., 0, 0])
+        lateral += conv.bias.numpy()[:, None, None]
+        x = lateral + (resized(x, size) if np.ndim(x) else 0)
+    want = normed(convolved(x, head.fuse[0].weight.numpy()), head.fuse[1])
+    assert want.shape == (7, 16, 24)
+    np.testing.assert_allclose(head(maps)[0].numpy(), want, rtol=1e-9, atol=1e-10)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backbone", common.BACKBONES)
+def test_taps_of_the_pyramid(backbone):
+    """The four maps are those of the undilated classifier, the last of each stride, with the channels of TAPS."""
+    torch.manual_seed(3)
+    theirs = lived_in(classifier(backbone, 3))
+    f = common.Segmenter("fpn", backbone, 5, 8).eval()
+    state = {k.removeprefix("features."): v for k, v in theirs.state_dict().items() if not k.startswith(("fc.", "classifier."))}
+    f.backbone.load_state_dict(state)
+    X, want = torch.randn(1, 3, 64, 96), {}
+    if backbone.startswith("resnet"):
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(X))))
+        for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            x = layer(x)
+            want[64 // x.shape[-2]] = x
+    else:
+        x = X
+        for block in theirs.features:
+            x = block(x)
+            want[64 // x.shape[-2]] = x
+    got = f.backbone(X)
+    assert list(got) == ["4", "8", "16", "32"] and [m.shape[1] for m in got.values()] == list(common.TAPS[backbone].values())
+    for stride, m in got.items():
+        torch.testing.assert_close(m, want[int(stride)], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backbone", (SMALL, V2))
+def test_dilated_mobilenet_is_the_same_network_on_a_finer_grid(monkeypatch, backbone):
     """Dilation in place of a stride computes the same map at every second position (Yu & Koltun, ICLR 2016), but for
     the squeeze-and-excitation, whose mean is over another set of positions: left out of both."""
     monkeypatch.setattr(SqueezeExcitation, "forward", lambda self, x: x)
     torch.manual_seed(2)
-    coarse = lived_in(common.Segmenter("deeplabv3", SMALL, 12)).backbone
-    fine = common.Segmenter("pspnet", SMALL, 12).eval().backbone
+    coarse = lived_in(common.Segmenter("deeplabv3", backbone, 12)).backbone
+    fine = common.Segmenter("pspnet", backbone, 12).eval().backbone
     fine.load_state_dict(coarse.state_dict())
     X = torch.randn(1, 3, 100, 137)
     want, got = coarse(X)["out"], fine(X)["out"]
@@ -199,6 +243,19 @@ def test_weights_of_a_classifier_file(tmp_path, backbone):
     assert len(mine) == len(file) - (2 if backbone == LARGE else 4)
     assert all(torch.equal(a, b) for a, b in zip(mine, file))
     assert all(torch.equal(v, head[k]) for k, v in {**f.head.state_dict(), **f.classifier.state_dict()}.items())
+
+
+@pytest.mark.parametrize("content", (b"", b"<html>404</html>", b"PK\x03\x04 cut"))
+def test_damaged_file_in_the_cache_of_weights(tmp_path, monkeypatch, content):
+    """torchvision does not check what it finds there; the line names the file to delete."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    enum = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1
+    kept = tmp_path / "hub/checkpoints" / enum.url.rpartition("/")[2]
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(content)
+    with pytest.raises(common.InputError) as e:
+        common.load_backbone(common.Segmenter("fpn", V2, 5, 8), "imagenet")
+    assert str(kept) in str(e.value) and "delete the file" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_no_weights_leave_f_alone():

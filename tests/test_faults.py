@@ -1,0 +1,184 @@
+"""Odd surroundings of the four scripts: streams, encodings, signals, left-over variables, links, two runs at once."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from runner import REPO, finish, lines, run, run_ok, start, wait_for
+
+TRAIN = ("pretrain.py", "--epochs", 1, "--batch-size", 2, "--crop", 32, 48)
+
+
+def one_line(done, *parts, code=1):
+    assert done.code == code and done.err.startswith("error: ") and done.err.count("\n") == 1, (done.code, done.err)
+    for part in parts:
+        assert str(part) in done.err, done.err
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and not re.match("std(out|err)", p.name))
+
+
+@pytest.fixture(scope="module")
+def other_labels(tmp_path_factory, small):
+    """A function: a copy of the small toy set whose label files of some splits are changed by `change`."""
+    def make(splits, change):
+        root = tmp_path_factory.mktemp("changed")
+        for path in (small / "toy").rglob("*.png"):
+            to = root / path.relative_to(small / "toy")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.array(Image.open(path))
+            if "annotations" in path.parts and any(s in str(path.relative_to(small)) for s in splits):
+                pixels = change(pixels)
+            Image.fromarray(pixels).save(to)
+        return root
+    return make
+
+
+# ─────────────────────────────────────────────── files of a run ───────────────────────────────────────────────
+
+def test_every_name_has_its_own_log(small, tmp_path):
+    """Suffixes are added, never exchanged; names whose logs would collide are refused."""
+    for out in ("ft_alpha0.05", "ft_alpha0.3", "x.png", "plain.pt"):
+        run_ok(*TRAIN, "--root", small / "toy", "--out", out, folder=tmp_path)
+        assert common.load_checkpoint(tmp_path / out)[1]["epoch"] == 1
+    wanted = {f"{n}{s}" for n in ("ft_alpha0.05", "ft_alpha0.3", "x.png") for s in ("", ".jsonl", ".png")}
+    assert set(names(tmp_path)) == wanted | {"plain.pt", "plain.jsonl", "plain.png"}
+    before = (tmp_path / "plain.jsonl").read_bytes()
+    one_line(run(*TRAIN, "--root", small / "toy", "--out", "plain", folder=tmp_path), "plain.pt is there", "plain.jsonl")
+    assert (tmp_path / "plain.jsonl").read_bytes() == before and not (tmp_path / "plain").exists()
+
+
+def test_a_link_keeps_leading_to_its_target(small, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for target in ("disk/there.pt", "disk/not_yet.pt"):
+        link = tmp_path / os.path.basename(target)
+        link.symlink_to(target)
+        run_ok(*TRAIN, "--root", small / "toy", "--out", link.name, folder=tmp_path)
+        assert link.is_symlink() and common.load_checkpoint(tmp_path / target)[1]["epoch"] == 1
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_two_runs_of_one_output(small, tmp_path):
+    """The second is refused while the first works, and changes nothing; the first ends as if alone."""
+    command = (*TRAIN, "--root", small / "toy", "--epochs", 30, "--save-every", 0)
+    first = start(*command, folder=tmp_path)
+    assert wait_for(lambda: (tmp_path / "pretrained.pt").exists(), first)
+    (tmp_path / "elsewhere").mkdir()
+    one_line(run(*command, "--out", tmp_path / "pretrained.pt", "--restart", folder=tmp_path / "elsewhere"),
+             "pretrained.pt: another run is writing it")
+    assert finish(first, tmp_path).code == 0
+    steps = [json.loads(line)["step"] for line in lines(tmp_path / "pretrained.jsonl") if "loss" in line]
+    assert steps == list(range(1, 91)) and not list(tmp_path.glob(".*"))
+
+
+# ─────────────────────────────────────────── labels, loader processes ───────────────────────────────────────────
+
+def test_no_labelled_training_pixel(other_labels, tmp_path):
+    root = other_labels(("train",), lambda ids: np.full_like(ids, 4))     # 4: other, ignored
+    one_line(run(*TRAIN, "--root", root, folder=tmp_path), "no labelled pixel", "train/images")
+    assert not (tmp_path / "pretrained.pt").exists()
+
+
+def test_no_labelled_validation_pixel(other_labels, tmp_path):
+    root = other_labels(("validation",), lambda ids: np.full_like(ids, 4))
+    done = run_ok(*TRAIN, "--root", root, "--epochs", 2, folder=tmp_path)
+    assert "validation: no labelled pixel" in done.out
+    assert common.load_checkpoint(tmp_path / "pretrained.pt")[1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_an_error_in_a_loader_process_ends_the_run(other_labels, tmp_path, workers):
+    root = other_labels(("train",), lambda ids: np.full_like(ids, 99))
+    done = run(*TRAIN, "--root", root, "--workers", workers, folder=tmp_path)    # finish() gives up after 120 s
+    one_line(done, "id 99", "expected")
+
+
+# ─────────────────────────────────────────── streams and encodings ───────────────────────────────────────────
+
+def plain(*args, folder, redirect="", **env):
+    """The exit status and output of a command of the shell, with `redirect` behind it."""
+    command = " ".join(f"'{a}'" for a in (sys.executable, *args))
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {redirect}"], cwd=folder, capture_output=True,
+                          timeout=120, env={**os.environ, **env})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_all_four_scripts_under_ascii(small, tmp_path):
+    before = "import sys\nfor s in (sys.stdout, sys.stderr): s.reconfigure(encoding='ascii', errors='strict')"
+    run_ok(*TRAIN, "--root", small / "toy", folder=tmp_path, before=before)
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 2, "--out", "set",
+           folder=tmp_path, before=before)
+    run_ok("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", "set", "--epochs", 1, "--batch-size", 4,
+           folder=tmp_path, before=before)
+    run_ok("evaluate.py", folder=tmp_path, before=before)
+
+
+@pytest.mark.parametrize("redirect", ("| head -1", "2>&1 | true", ">&-", "2>&-", ">&- 2>&-", "</dev/null >/dev/null 2>&-"))
+def test_streams_that_nobody_reads(small, tmp_path, redirect):
+    code, _, err = plain(REPO / TRAIN[0], *TRAIN[1:], "--root", small / "toy", folder=tmp_path, redirect=redirect)
+    assert code == 0 and not err, err
+    assert common.load_checkpoint(tmp_path / "pretrained.pt")[1]["epoch"] == 1 and (tmp_path / "pretrained.png").exists()
+
+
+def test_help_in_a_narrow_encoding_and_without_the_scripts_folder(tmp_path):
+    for script, encoding in zip(("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py"), ("ascii", "cp1252") * 2):
+        code, out, err = plain("-P", REPO / script, "--help", folder=tmp_path, PYTHONIOENCODING=encoding)
+        assert code == 0 and b"usage:" in out and not err, err
+
+
+# ───────────────────────────────────────── signals, torchrun, numbers ─────────────────────────────────────────
+
+@pytest.mark.parametrize("name", ("SIGHUP", "SIGUSR1", "SIGTERM", "SIGINT"))
+def test_signals_save_and_leave(small, tmp_path, name):
+    command = (*TRAIN, "--root", small / "toy", "--epochs", 200)
+    p = start(*command, folder=tmp_path)
+    assert wait_for(lambda: len(lines(tmp_path / "pretrained.jsonl")) >= 2, p)
+    os.kill(p.pid, getattr(signal, name))
+    done = finish(p, tmp_path)
+    assert done.code == 128 + getattr(signal, name) and "the same command continues" in done.out and not done.err
+    last = [json.loads(line) for line in lines(tmp_path / "pretrained.jsonl")][-1]
+    checkpoint = common.load_checkpoint(tmp_path / "pretrained.pt")[1]
+    assert 3 * checkpoint["epoch"] + checkpoint["step"] >= last["step"]
+
+
+@pytest.mark.parametrize("env", (dict(RANK="1"), dict(WORLD_SIZE="2"), dict(RANK=""), dict(RANK="1", WORLD_SIZE="2"),
+                                 dict(LOCAL_RANK="x"), dict(RANK="0", WORLD_SIZE="two", LOCAL_RANK="0", MASTER_ADDR="h",
+                                                            MASTER_PORT="1")))
+@pytest.mark.parametrize("script", ("pretrain.py", "evaluate.py"))
+def test_variables_left_over_from_torchrun(tmp_path, env, script):
+    done = finish(start(script, folder=tmp_path, **env), tmp_path, env.get("RANK", ""))
+    one_line(done, next(iter(env)), "unset them, or start with torchrun")
+    assert not names(tmp_path)
+
+
+def test_any_seed(small, tmp_path):
+    for seed in (20251125123, 2**63, 10**30):
+        run_ok(*TRAIN, "--root", small / "toy", "--seed", seed, "--restart", folder=tmp_path)
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1, "--out", "set",
+           "--seed", 10**30, folder=tmp_path)
+    run_ok("evaluate.py", "--ckpt", small / "pretrained.pt", "--score", "dropout", "--passes", 2, "--seed", 10**30,
+           "--panels", 0, folder=tmp_path)
+
+
+def test_a_checkpoint_of_an_unknown_data_set(small, tmp_path):
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, data="kitti"), tmp_path / "ft.pt")
+    for script in ("mgu_generate.py", "evaluate.py"):
+        one_line(run(script, "--ckpt", "ft.pt", folder=tmp_path), "ft.pt", "kitti", "expected one of")
+
+
+def test_a_batch_too_small_names_the_remedy(other_labels, tmp_path):
+    root = other_labels((), None)
+    for path in list((root / "train").rglob("*.png")):
+        if path.name != "0.png":
+            path.unlink()
+    one_line(run(*TRAIN, "--root", root, folder=tmp_path), "batch of 1 images", "add images")
