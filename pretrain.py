@@ -505,7 +505,7 @@ def main():
     common.say(common.resolve(args, "pretrain", args.data))
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
-        args.root = common.default_root(args.data, args.root)
+        args.root = common.default_root(args.data, args.root, write=True)
         scenes = common.Scenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
                                cache=args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
