@@ -392,8 +392,8 @@ def segmentation_metrics(matrix, classes):
 #                    split, is a test image; the others train and validate
 #   splits           {"train", "val", "test": {"images": folder, "labels": folder, "image_end": …, "label_end": …}}, the
 #                    ends being what the two file names have between the common part and the suffix; or
-#                    {"train": [[image, label], …]}, paths below the root. A list of such tables: the first whose folders
-#                    are there
+#                    {"train": [[image, label], …]}, paths below the root. A list of such tables: the first whose
+#                    folders are there
 #   hold_out         share of the images, at the end of each drive, that validate in place of `val`
 #   unlabeled        classes that "--unlabeled ignore" leaves out of the evaluation
 #   counts           number of images of each split, for a warning
@@ -519,12 +519,12 @@ def check_spec(spec):
             if i in named:
                 raise InputError(f"{key}: id {i} stands in {named[i]} too")
             named[i] = key
-    for key in ("anomaly_classes", "unlabeled"):
-        for name in spec.get(key, []):
-            expect(isinstance(name, str) and name in classes, key, f"some of {', '.join(classes)}", name)
     expect(classes or spec.get("anomaly"), "classes", "names and ids, or ids in anomaly", classes)
     expect("none" not in classes, "classes", "another name (--anomaly none means no class)", "none")
     expect(len(classes) <= KNOWN, "classes", f"at most {KNOWN}", len(classes))
+    for key in ("anomaly_classes", "unlabeled"):
+        for name in spec.get(key, []):
+            expect(isinstance(name, str) and name in classes, key, f"some of {', '.join(classes)}", name)
     expect(not (spec.get("anomaly") and spec.get("anomaly_classes")), "anomaly_classes", "it or anomaly, not both",
            spec.get("anomaly_classes"))
     expect(0 < spec.get("hold_out", 0.5) < 1, "hold_out", "a share between 0 and 1", spec.get("hold_out"))
@@ -802,7 +802,7 @@ def read_image(path, upright=False):
         with Image.open(path) as image:
             turn = orientation(image) if upright else None
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-                # Pillow's conversion would make everything above 255 white. Its 16-bit colour keeps the upper 8 bits too
+                # Pillow's conversion would make everything above 255 white. Its 16-bit colour keeps the upper 8 bits
                 values = np.asarray(image) >> (4 if raw_mode(image) == "I;12" else 8)
                 image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             if image.mode in ("I", "F"):
@@ -818,7 +818,8 @@ def orientation(image):
     T = Image.Transpose
     turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
              7: T.TRANSVERSE, 8: T.ROTATE_90}
-    with contextlib.suppress(Exception):   # struct.error, SyntaxError and others, by Pillow's version
+    with contextlib.suppress(Exception), warnings.catch_warnings():   # struct.error and others, by Pillow's version
+        warnings.simplefilter("ignore")
         return turns.get(image.getexif().get(0x0112))
 
 

@@ -1,16 +1,22 @@
-"""Datasets: small trees in the layouts of StreetHazards, BDD100K and CamVid; augmentation, caches, toy scenes."""
+"""Datasets: small trees in the layouts of StreetHazards, BDD100K and CamVid, own data; augmentation, caches, toy scenes."""
 import filecmp
+import json
 import os
 import pickle
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 import toy
+from conftest import predict_every_class
+from runner import run, run_ok
 
 H, W = 24, 36
 IGNORED, ANOMALY = 255, 254
@@ -265,6 +271,189 @@ def test_other_files(tmp_path):
             refused(lambda: read(tmp_path / name), tmp_path / name)
 
 
+# ──────────────────────────────────────────── depths, by hand ────────────────────────────────────────────
+
+def packed(samples, bits):
+    """Rows of a (H, W) array of integers as bytes, `bits` a sample, most significant first, rows padded to a byte."""
+    return [np.packbits(np.unpackbits(row.astype(">u2").view(np.uint8).reshape(-1, 2), axis=1)[:, -bits:]).tobytes()
+            for row in samples]
+
+
+def write_png(path, samples, bits, colour=0):
+    """A PNG written from its specification: colour 0 is grey, 2 RGB, 3 palette (of 2^bits arbitrary colours)."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    flat = samples.reshape(len(samples), -1)
+    data = b"".join(b"\0" + row for row in packed(flat, bits))
+    palette = chunk(b"PLTE", picture(8, (1, 2**bits)).tobytes()) if colour == 3 else b""
+    header = struct.pack(">IIBBBBB", samples.shape[1], len(samples), bits, colour, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
+
+
+def write_tiff(path, samples, bits, kind=1, order="<", photometric=1):
+    """An uncompressed TIFF written from its specification: kind 1 is unsigned, 2 signed, 3 float; photometric 0: 0 is
+    white, 1: 0 is black, 2: RGB, 3: palette."""
+    channels = samples.shape[2] if samples.ndim == 3 else 1
+    if bits in (16, 32):
+        dtype = {1: "u", 2: "i", 3: "f"}[kind] + str(bits // 8)
+        data = samples.astype(order + dtype).tobytes()
+    else:
+        data = b"".join(packed(samples.reshape(len(samples), -1), bits))
+    data += b"\0" * (len(data) % 2)
+    at = 8 + len(data)
+    depths, palette = struct.pack(order + f"{channels}H", *[bits] * channels), b""
+    if photometric == 3:
+        palette = np.random.default_rng(8).integers(0, 65536, 3 * 2**bits).astype(order + "u2").tobytes()
+    tags = [(256, 4, 1, samples.shape[1]), (257, 4, 1, len(samples)),
+            (258, 3, channels, bits if channels == 1 else at), (259, 3, 1, 1), (262, 3, 1, photometric), (273, 4, 1, 8),
+            (277, 3, 1, channels), (278, 4, 1, len(samples)), (279, 4, 1, len(data)),
+            *([(320, 3, 3 * 2**bits, at + len(depths))] if palette else []), (339, 3, 1, kind)]
+    out = struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, at + len(depths) + len(palette)) + data + depths + palette
+    out += struct.pack(order + "H", len(tags))
+    for tag, size, count, value in tags:
+        short = size == 3 and count == 1
+        out += struct.pack(order + ("HHIHH" if short else "HHII"), tag, size, count, value, *([0] * short))
+    path.write_bytes(out + struct.pack(order + "I", 0))
+
+
+LABEL_FILES = {   # name: write(path, samples)
+    **{f"png grey {bits}": (bits, lambda p, s, b=bits: write_png(p, s, b)) for bits in (1, 2, 4, 8, 16)},
+    **{f"png palette {bits}": (bits, lambda p, s, b=bits: write_png(p, s, b, 3)) for bits in (1, 2, 4, 8)},
+    **{f"tiff grey {bits} {order}": (bits, lambda p, s, b=bits, o=order: write_tiff(p, s, b, order=o))
+       for bits in (1, 2, 4, 8, 16) for order in "<>"},
+    **{f"tiff inverted {bits}": (bits, lambda p, s, b=bits: write_tiff(p, s, b, photometric=0)) for bits in (1, 2, 4, 8)},
+    **{f"tiff palette {bits}": (bits, lambda p, s, b=bits: write_tiff(p, s, b, photometric=3)) for bits in (1, 2, 4, 8)}}
+
+
+@pytest.mark.parametrize("kind", LABEL_FILES)
+def test_labels_of_every_depth(tmp_path, kind):
+    """The ids that the file holds, all that fit its depth, however Pillow would show them; odd widths."""
+    bits, write = LABEL_FILES[kind]
+    want = np.resize(np.arange(min(2**bits, 256)), (H, W - 1)).astype(np.uint16)
+    path = tmp_path / f"a.{kind[:4].strip()}"
+    write(path, want)
+    got = common.read_label(path)
+    assert got.dtype == np.uint8 and np.array_equal(got, want)
+
+
+def test_labels_reencoded_in_fewer_bits(tmp_path):
+    """What an optimiser of PNGs does to a label set: the same ids, in 4 bits."""
+    root = streethazards(tmp_path, test=ids(8, 14))
+    before = common.Scenes("streethazards", root, "test")[0]["label"]
+    for path in (root / "test/annotations").rglob("*.png"):
+        write_png(path, np.array(Image.open(path)), 4)
+    assert torch.equal(common.Scenes("streethazards", root, "test")[0]["label"], before)
+
+
+@pytest.mark.parametrize("write", (lambda p, s: write_png(p, s, 16), lambda p, s: write_tiff(p, s, 16),
+                                   lambda p, s: write_tiff(p, s.astype(int) - 300, 32, 2), lambda p, s: write_tiff(p, s / 256, 32, 3)))
+def test_labels_that_are_no_ids(tmp_path, write):
+    """Above 255, below 0, floats (even whole and small ones)."""
+    write(tmp_path / "a.png", np.full((H, W), 256, np.uint16))
+    assert "\n" not in refused(lambda: common.read_label(tmp_path / "a.png"), tmp_path / "a.png", "8-bit channel")
+
+
+GREY16 = {"png": lambda p, s: write_png(p, s, 16), "tiff <": lambda p, s: write_tiff(p, s, 16),
+          "tiff >": lambda p, s: write_tiff(p, s, 16, order=">"), "ppm": lambda p, s: p.write_bytes(
+              b"P5 %d %d 65535\n" % s.shape[::-1] + s.astype(">u2").tobytes())}
+
+
+@pytest.mark.parametrize("kind", GREY16)
+def test_images_of_16_bit_grey(tmp_path, kind):
+    """65535 is white, and every other value its share of it, to one level."""
+    values = np.linspace(0, 65535, H * W).astype(np.uint16).reshape(H, W)
+    path = tmp_path / f"a.{kind[:4].strip()}"
+    GREY16[kind](path, values)
+    got = common.read_image(path)
+    assert got.shape == (H, W, 3) and got.dtype == np.uint8 and got.min() == 0 and got.max() == 255
+    assert np.abs(got - (values / 65535.0 * 255)[..., None]).max() <= 1 and (got == got[..., :1]).all()
+
+
+def test_images_of_16_bit_colour(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (H, W, 3))
+    write_png(tmp_path / "a.png", values, 16, 2)
+    write_tiff(tmp_path / "a.tif", values, 16, photometric=2)
+    for name in ("a.png", "a.tif"):
+        assert np.abs(common.read_image(tmp_path / name) - values / 65535 * 255).max() <= 1
+
+
+@pytest.mark.parametrize("bits", (1, 2, 4))
+def test_images_of_few_bits(tmp_path, bits):
+    values = np.resize(np.arange(2**bits), (H, W))
+    write_png(tmp_path / "a.png", values, bits)
+    write_tiff(tmp_path / "a.tif", values, bits)
+    for name in ("a.png", "a.tif"):
+        assert np.abs(common.read_image(tmp_path / name)[..., 1] - values / (2**bits - 1) * 255).max() <= 0.5
+
+
+def test_images_without_a_range(tmp_path):
+    """Floats and 32 bits: nothing says what white is."""
+    for name, values, bits, kind in (("f", picture()[..., 0] / 255, 32, 3), ("f255", picture()[..., 0], 32, 3),
+                                     ("i", 1000 * picture()[..., 0].astype(int), 32, 2), ("s", picture()[..., 0], 16, 2)):
+        path = tmp_path / f"{name}.tif"
+        write_tiff(path, values, bits, kind)
+        assert "\n" not in refused(lambda: common.read_image(path), path, "cannot be read as an image", "expected 8 or 16")
+
+
+def exif_jpeg(path, image, tags):
+    """A JPEG with an EXIF block of raw entries (tag, type, count, 4 bytes of value)."""
+    image.save(path, quality=95)
+    block = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(tags))
+    block += b"".join(struct.pack(">HHI", *tag[:3]) + tag[3] for tag in tags) + b"\0\0\0\0"
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:])
+
+
+TURNS = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+         5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+         8: lambda a: np.rot90(a), 0: lambda a: a, 9: lambda a: a}
+
+
+@pytest.mark.parametrize("value", TURNS)
+def test_upright(tmp_path, value):
+    """The table of the EXIF standard; ImageOps agrees. A data set's images, which their labels fit, stay as stored."""
+    path = tmp_path / "a.jpg"
+    exif_jpeg(path, Image.fromarray(picture()), [(0x0112, 3, 1, struct.pack(">HH", value, 0))])
+    stored = np.array(Image.open(path))
+    assert np.array_equal(common.read_image(path), stored)
+    got = common.read_image(path, upright=True)
+    assert np.array_equal(got, TURNS[value](stored)) and np.array_equal(got, ImageOps.exif_transpose(Image.open(path)))
+
+
+@pytest.mark.parametrize("tags", (
+    [(0x0112, 3, 1, b"\0\6\0\0"), (0x011A, 3, 1, b"\0\1\0\0"), (0x8769, 2, 4, b"abc\0")],       # rationals and offsets of other types
+    [(0x0112, 2, 4, b"six\0")], [(0x0112, 5, 1, b"\xff\xff\xff\0")], [(0x0112, 99, 7, b"\0\0\0\0")],
+    [(0x0112, 3, 2, b"\0\6\0\6")], [(0x010F, 2, 2**31, b"\0\0\0\x10")], [(0x8769, 4, 1, b"\xff\xff\xff\xff")]))
+def test_malformed_exif(tmp_path, tags):
+    """Processed, perhaps unrotated."""
+    path = tmp_path / "a.jpg"
+    exif_jpeg(path, Image.fromarray(picture()), tags)
+    stored = np.array(Image.open(path))
+    assert np.array_equal(common.read_image(path), stored)
+    got = common.read_image(path, upright=True)
+    assert np.array_equal(got, stored) or np.array_equal(got, np.rot90(stored, -1))
+    (tmp_path / "b.jpg").write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+    refused(lambda: common.read_image(tmp_path / "b.jpg", upright=True), "b.jpg", "cannot be read")
+
+
+def test_upright_where_exif_raises(tmp_path, monkeypatch):
+    def broken(self):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+    put(tmp_path / "a.png", picture())
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    assert np.array_equal(common.read_image(tmp_path / "a.png", upright=True), picture())
+
+
+@pytest.mark.parametrize("error", (struct.error("x"), KeyError("x"), TypeError("x"), EOFError(), zlib.error("x"), IndexError()))
+def test_whatever_pillow_raises_is_one_line(tmp_path, monkeypatch, error):
+    def broken(self, *_, **__):
+        raise error
+    put(tmp_path / "a.png", picture()[..., 0])
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", broken)
+    for read in (common.read_image, common.read_label):
+        assert "\n" not in refused(lambda: read(tmp_path / "a.png"), tmp_path / "a.png", "cannot be read")
+
+
 # ────────────────────────────────────────────── BDD-Anomaly ──────────────────────────────────────────────
 
 @pytest.mark.parametrize("layout", BDD)
@@ -412,12 +601,431 @@ def test_camvid_with_another_anomaly(tmp_path):
 @pytest.mark.skipif(not os.environ.get("CAMVID_ROOT"), reason="CAMVID_ROOT names no CamVid folder")
 def test_real_camvid():
     splits = {split: common.split_pairs("camvid", os.environ["CAMVID_ROOT"], split) for split in common.SPLITS}
+    assert [len(splits[split]) for split in common.SPLITS] == [275, 47, 379]
     assert len(splits["test"]) == 379 and sum(map(len, splits.values())) == 701
     assert len({image for pairs in splits.values() for image, _ in pairs}) == 701
     rng = np.random.default_rng(0)
     for split, pairs in splits.items():     # a sample of the masks themselves
         for k in rng.permutation(len(pairs))[:20]:
             assert (10 in np.array(Image.open(pairs[k][1]))) == (split == "test")
+
+
+# ──────────────────────────────────────────────── own data ────────────────────────────────────────────────
+
+EXAMPLE = {   # the README's
+    "classes": {"road": 7, "pavement": 8, "building": [11, 12, 13], "vehicle": [26, 27, 28], "person": 24},
+    "ignored": [0, 255],
+    "anomaly": [99],
+    "splits": {
+        "train": {"images": "photos/train", "labels": "masks/train", "label_end": "_ids"},
+        "val": {"images": "photos/val", "labels": "masks/val", "label_end": "_ids"},
+        "test": [["photos/odd/moose.jpg", "masks/odd/moose.png"], ["photos/odd/sofa.png", "masks/odd/sofa.png"]]},
+    "unlabeled": ["vehicle"]}
+
+
+def describe(root, spec=None, **changes):
+    """Write root/dataset.json: EXAMPLE with changes; a change to None takes the key away."""
+    spec = {k: v for k, v in {**(spec or EXAMPLE), **changes}.items() if v is not None}
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "dataset.json").write_text(json.dumps(spec))
+    return root
+
+
+def own(root, **changes):
+    """A data set as EXAMPLE says: two drives of two training images, one validation image, two of pairs."""
+    for n, (name, label) in enumerate((("train/a/0", ids(7, 8, 11)), ("train/a/1", ids(12, 13, 24)),
+                                       ("train/b/0", ids(26, 27, 28)), ("train/b/1", ids(0, 7, 255)), ("val/0", ids(7)))):
+        put(root / "photos" / f"{name}.png", picture(n))
+        put(root / "masks" / f"{name}_ids.png", label)
+        put(root / "masks" / f"{name}_colour.png", picture(n))       # another map beside it
+    for n, name in enumerate(("moose.jpg", "sofa.png")):
+        put(root / "photos/odd" / name, picture(n))
+        put(root / "masks/odd" / f"{name[:-4]}.png", ids(7, 99))
+    return describe(root, **changes)
+
+
+def test_own_data(tmp_path):
+    root = own(tmp_path)
+    train, val, test = (common.Scenes("folder", root, split) for split in common.SPLITS)
+    assert train.classes == ["road", "pavement", "building", "vehicle", "person"] and train.spec["unlabeled"] == ["vehicle"]
+    assert [os.path.relpath(train.name(i), root) for i in range(len(train))] == \
+        [f"photos/train/{n}.png" for n in ("a/0", "a/1", "b/0", "b/1")]
+    assert stems(val.pairs) == ["0"] and stems(test.pairs) == ["moose", "sofa"]
+    want = ([0, 1, 2], [2, 2, 4], [3, 3, 3], [IGNORED, 0, IGNORED])
+    for i, labels in enumerate(want):
+        assert train[i]["label"][3, :3].tolist() == labels
+        assert np.array_equal(train[i]["image"].permute(1, 2, 0), picture(i))
+    assert test[1]["label"][0, :2].tolist() == [0, ANOMALY] and np.array_equal(test[1]["image"].permute(1, 2, 0), picture(1))
+
+
+@pytest.mark.parametrize("data", ("streethazards", "bdd", "camvid"))
+def test_built_in_sets_are_in_the_same_terms(tmp_path, data):
+    """Their entries, written as dataset.json beside the same files, give the same splits, classes and labels."""
+    root = dict(streethazards=streethazards, bdd=lambda r: bdd(r, "old"), camvid=lambda r: camvid(r, drives()))[data](tmp_path)
+    describe(root, common.DATASETS[data])
+    other = dict(streethazards=None, bdd=["train", "motorcycle", "bicycle"], camvid=["sky"])[data]
+    for anomaly in (None, other):
+        for split in common.SPLITS:
+            built_in, described = (common.Scenes(d, root, split, anomaly) for d in (data, "folder"))
+            assert built_in.pairs == described.pairs and built_in.classes == described.classes and len(built_in)
+            assert np.array_equal(built_in.lut, described.lut)
+            assert torch.equal(built_in[0]["label"], described[0]["label"])
+
+
+def test_what_ids_mean_is_part_of_the_identity(tmp_path):
+    root = own(tmp_path)
+    before = common.Scenes("folder", root, "train").identity()
+    assert common.Scenes("folder", root, "train").identity() == before
+    describe(root, classes={**EXAMPLE["classes"], "road": 8, "pavement": 7})
+    assert common.Scenes("folder", root, "train").identity() != before
+
+
+def test_masks_of_anomalies_alone(tmp_path):
+    """A test set without classes: known pixels are told from ignored ones, and there is no training split."""
+    for n in range(2):
+        put(tmp_path / "images" / f"{n}.webp", picture(n))
+        put(tmp_path / "masks" / f"{n}.png", ids(0, 1, 255))
+    root = describe(tmp_path, {"classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+                               "splits": {"test": {"images": "images", "labels": "masks"}}})
+    scenes = common.Scenes("folder", root, "test")
+    assert len(scenes) == 2 and scenes.classes == []
+    assert scenes[0]["label"][0, :3].tolist() == [common.KNOWN, ANOMALY, IGNORED]
+    for split in ("train", "val"):
+        assert "\n" not in refused(lambda: common.Scenes("folder", root, split), f"no {split} split", "expected one of test")
+
+
+def test_validation_images_from_the_ends_of_drives(tmp_path):
+    """`hold_out` where there is no val split; frames are in the order of their numbers, drives are folders or names."""
+    for drive, n in (("a", 10), ("b", 4)):
+        for i in range(n):
+            put(tmp_path / "images" / drive / f"{i}.png", picture(i))
+            put(tmp_path / "labels" / drive / f"{i}.png", ids(1, 2))
+    for i in range(20):
+        put(tmp_path / "images" / f"c_{i}.png", picture(i))
+        put(tmp_path / "labels" / f"c_{i}.png", ids(1, 2))
+    spec = {"classes": {"x": 1, "y": 2}, "splits": {"train": {"images": "images", "labels": "labels"}}, "hold_out": 0.3}
+    root = describe(tmp_path, spec)
+    train, val = (common.split_pairs("folder", root, split) for split in ("train", "val"))
+    # 10 − 7 of ten, 4 − ⌈2.8⌉ of four, 20 − 14 of twenty
+    assert [os.path.relpath(image, root / "images") for image, _ in val] == \
+        ["a/7.png", "a/8.png", "a/9.png", "b/3.png", *(f"c_{i}.png" for i in range(14, 20))]
+    assert len(train) == 34 - 10 and not {*train} & {*val}
+
+
+def test_hold_out_of_round_shares():
+    """0.7 · 10 is 7.000000000000001 in floating point or not: three of ten are held out all the same."""
+    for share, n, want in ((0.3, 10, 3), (0.1, 10, 1), (0.15, 20, 3), (0.2, 5, 1), (0.4, 35, 14), (0.7, 30, 21)):
+        pairs = [(Path(f"d_{i:03}.png"), None) for i in range(n)]
+        assert len(common.ends_of_drives(pairs, share)) == want
+
+
+def test_anomaly_none(tmp_path, capsys):
+    """No class is anomalous: all are known, and the original splits stay."""
+    root = camvid(tmp_path / "camvid", drives())
+    scenes = [common.Scenes("camvid", root, split, ["none"]) for split in common.SPLITS]
+    assert all(s.classes == list(common.DATASETS["camvid"]["classes"]) for s in scenes)
+    assert [len(s) for s in scenes] == [sum(folder == f for f, _ in drives()) for folder in common.SPLITS]
+    assert scenes[0][len(scenes[0]) - 1]["label"].unique().tolist() and not any((s.lut == ANOMALY).any() for s in scenes)
+    root = bdd(tmp_path / "bdd")
+    assert stems(common.split_pairs("bdd", root, "train", ["none"])) == ["a", "b", "c", "d"]
+    refused(lambda: common.split_pairs("bdd", root, "test", ["none"]), "no test split without an anomaly", "train, val")
+    refused(lambda: common.dataset_classes("camvid", ["none", "car"]), "--anomaly none")
+    refused(lambda: common.dataset_classes("streethazards", ["none"]), "--anomaly")
+
+
+def test_too_many_anomalies():
+    classes = list(common.DATASETS["camvid"]["classes"])
+    assert common.dataset_classes("camvid", classes[2:])[0] == classes[:2]
+    refused(lambda: common.dataset_classes("camvid", classes[1:]), "1 known class", "at least 2")
+
+
+def test_anomaly_of_own_data(tmp_path):
+    """Recipe of BDD-Anomaly on own data; and a dataset.json with anomaly ids takes no --anomaly."""
+    root = own(tmp_path, anomaly=None)
+    for name in ("moose", "sofa"):
+        put(root / "masks/odd" / f"{name}.png", ids(7, 8))
+    assert stems(common.split_pairs("folder", root, "test", ["vehicle"])) == ["0"]
+    assert len(common.split_pairs("folder", root, "train", ["vehicle"])) == 3 + 2      # the free ones of the test split train
+    describe(root, anomaly=None, anomaly_classes=["person"])
+    assert stems(common.split_pairs("folder", root, "test")) == ["1"]
+    refused(lambda: common.split_pairs("folder", describe(root), "test", ["person"]), "--anomaly: folder has its own")
+
+
+BAD = (   # (what is changed, what the line names)
+    (dict(class_names=["road"]), ("unknown key \"class_names\"", "classes, ignored")),
+    (dict(classes=None), ("\"classes\" is missing",)),
+    (dict(splits=None), ("\"splits\" is missing",)),
+    (dict(classes=["road", "car"]), ("classes: expected an object",)),
+    (dict(classes={}, anomaly=None), ("classes: expected names",)),
+    (dict(classes={"road": 7}, unlabeled=None), ("1 known class",)),
+    (dict(classes={"road": 7, "car": "8"}, unlabeled=None), ("classes.car", "ids from 0 to 255", "\"8\"")),
+    (dict(classes={"road": 7, "car": 256}, unlabeled=None), ("classes.car", "ids from 0 to 255", "256")),
+    (dict(classes={"road": 7, "car": [8, -1]}, unlabeled=None), ("classes.car", "-1")),
+    (dict(classes={"road": 7, "car": True}, unlabeled=None), ("classes.car", "true")),
+    (dict(classes={"road": 7, "car": 8.0}, unlabeled=None), ("classes.car", "8.0")),
+    (dict(classes={"road": 7, "car": None}, unlabeled=None), ("classes.car", "null")),
+    (dict(classes={"road": 7, "car": []}, unlabeled=None), ("classes.car", "an id or a list")),
+    (dict(classes={"road": 7, "car": 7}, unlabeled=None), ("classes.car: id 7 stands in classes.road too",)),
+    (dict(classes={"road": 7, "car": [8, 8]}, unlabeled=None), ("classes.car: id 8 stands in classes.car too",)),
+    (dict(classes={"road": 7, "none": 8}, unlabeled=None), ("classes", "none")),
+    (dict(classes={f"c{i}": i for i in range(254)}, ignored=[], anomaly=[255], unlabeled=None), ("classes: expected at most 252",)),
+    (dict(ignored=255), ("ignored: expected a list", "255")),
+    (dict(ignored=[7]), ("ignored: id 7 stands in classes.road too",)),
+    (dict(anomaly=[300]), ("anomaly: expected ids from 0 to 255", "300")),
+    (dict(anomaly_classes=["person"]), ("anomaly_classes", "not both")),
+    (dict(anomaly=None, anomaly_classes=["tram"]), ("anomaly_classes", "tram", "road, pavement")),
+    (dict(unlabeled=["tram"]), ("unlabeled", "tram")),
+    (dict(unlabeled=[["road"]]), ("unlabeled",)),
+    (dict(hold_out="0.1"), ("hold_out: expected a number",)),
+    (dict(hold_out=1.5), ("hold_out", "between 0 and 1", "1.5")),
+    (dict(hold_out=float("nan")), ("hold_out", "between 0 and 1")),
+    (dict(counts={"train": "many"}), ("counts.train", "many")),
+    (dict(counts={"training": 3}), ("counts: unknown key \"training\"",)),
+    (dict(splits={}), ("splits: expected at least one",)),
+    (dict(splits=[]), ("splits: expected at least one",)),
+    (dict(splits="train"), ("splits: expected an object",)),
+    (dict(splits=["train"]), ("splits: expected an object",)),
+    (dict(splits={"training": {"images": "a", "labels": "b"}}), ("splits: unknown key \"training\"", "train, val, test")),
+    (dict(splits={"train": "photos"}), ("splits.train", "photos")),
+    (dict(splits={"train": {"images": "photos/train"}}), ("splits.train: the key \"labels\" is missing",)),
+    (dict(splits={"train": {"images": "photos/train", "label": "x"}}), ("splits.train: unknown key \"label\"",)),
+    (dict(splits={"train": {"images": 3, "labels": "x"}}), ("splits.train.images", "a text")),
+    (dict(splits={"train": {"images": "/etc", "labels": "x"}}), ("splits.train.images", "below the folder", "/etc")),
+    (dict(splits={"train": {"images": "photos", "labels": "x/../../y"}}), ("splits.train.labels", "below the folder", "..")),
+    (dict(splits={"train": {"images": "a\0b", "labels": "x"}}), ("splits.train.images", "below the folder")),
+    (dict(splits={"train": {"images": "photos", "labels": "./photos"}}), ("splits.train: images and labels are one folder",)),
+    (dict(splits={"train": [["a.png"]]}), ("splits.train", "pairs [image, label]")),
+    (dict(splits={"train": [["a.png", "../b.png"]]}), ("splits.train", "../b.png")),
+    (dict(splits={"train": {"images": "photos/train", "labels": "masks/trian"}}),
+     ("splits.train.labels: no folder masks/trian", "found: dataset.json, masks, photos")),
+    (dict(splits={"val": EXAMPLE["splits"]["val"]}), ("splits: folder has no train split", "expected one of val")),
+)
+
+
+@pytest.mark.parametrize("changes, parts", BAD)
+def test_mistakes_in_dataset_json(tmp_path, changes, parts):
+    root = own(tmp_path, **changes)
+    message = refused(lambda: common.Scenes("folder", root, "train"), *parts)
+    assert "\n" not in message and ("dataset.json: " in message or "1 known class" in message)
+
+
+@pytest.mark.parametrize("text, part", (
+    (b"", "not JSON"), (b"{", "not JSON"), (b"classes: {road: 7}", "not JSON"), (b"\xff\xfe{}", "not JSON"), (b"[" * 100_000, "not JSON"),
+    (b"[]", "the file: expected an object"), (b"3", "the file: expected an object"),
+    (b'{"classes": {"road": 1, "car": 2, "road": 3}, "splits": {}}', "road: named twice")))
+def test_dataset_json_that_is_none(tmp_path, text, part):
+    (tmp_path / "dataset.json").write_bytes(text)
+    assert "\n" not in refused(lambda: common.Scenes("folder", tmp_path, "train"), tmp_path / "dataset.json", part)
+
+
+def test_dataset_json_of_a_text_editor(tmp_path):
+    """With a byte-order mark, and names beyond ASCII."""
+    root = own(tmp_path, classes={"straße": 7, "auto": [8, 11, 12, 13, 24, 26, 27, 28]}, unlabeled=["straße"])
+    path = root / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(json.loads(path.read_text()), ensure_ascii=False).encode())
+    assert common.Scenes("folder", root, "train").classes == ["straße", "auto"]
+
+
+SIZED = ("--arch", "fpn", "--width", 16, "--backbone", "mobilenet_v3_large", "--weights", "none", "--epochs", 1, "--batch-size", 2,
+         "--lr", 1e-3, "--crop", 32, 48, "--scale", 1, 1, "--schedule", "poly")
+
+
+def test_four_scripts_on_own_data(small, tmp_path):
+    """The toy scenes described in a dataset.json: the same weights and the same figures as of the built-in set."""
+    shutil.copytree(small / "toy", tmp_path / "mine")
+    spec = {k: v for k, v in common.DATASETS["toy"].items() if k not in ("counts", "layout", "source")}
+    describe(tmp_path / "mine", spec)
+    results = {}
+    for data, root in (("toy", small / "toy"), ("folder", tmp_path / "mine")):
+        folder = tmp_path / data
+        folder.mkdir()
+        run_ok("pretrain.py", "--data", data, "--root", root, *SIZED, folder=folder)
+        checkpoint = common.load_checkpoint(folder / "pretrained.pt")[1]
+        assert checkpoint["data"] == data and checkpoint["root"] == str(root)
+        results[data] = checkpoint["model"]
+    assert all(torch.equal(v, results["folder"][k]) for k, v in results["toy"].items())
+    predict_every_class(folder / "pretrained.pt")
+    run_ok("mgu_generate.py", "--per-class", 1, "--batch-size", 2, "--max-steps", 2, "--out", "aux", folder=folder)
+    run_ok("finetune.py", "--aux", "aux", "--epochs", 1, "--batch-size", 2, folder=folder)
+    run_ok("evaluate.py", "--unlabeled", "ignore", "--panels", 0, folder=folder)
+    evaluated = json.loads((folder / "results/results.json").read_text())
+    assert evaluated["protocol"]["images"] == 3 and evaluated["pooled"]["aupr"] > 0
+    (folder / "elsewhere").mkdir()
+    done = run("evaluate.py", "--ckpt", folder / "ft.pt", "--root", "elsewhere", folder=folder)
+    assert done.code == 1 and done.err.count("\n") == 1 and "elsewhere/dataset.json: no such file" in done.err
+
+
+# ──────────────────────────────────────────────── listing ────────────────────────────────────────────────
+
+def test_links_to_folders_are_followed(tmp_path):
+    root, disk = streethazards(tmp_path / "data"), tmp_path / "disk"
+    for kind in ("images", "annotations"):
+        for town in ("t5", "t6")[:1 if kind == "annotations" else 2]:
+            (disk / kind).mkdir(parents=True, exist_ok=True)
+            folder = root / f"test/{kind}/test/{town}"
+            folder.rename(disk / kind / town)
+            folder.symlink_to(disk / kind / town)
+    scenes = common.Scenes("streethazards", root, "test")
+    assert [os.path.relpath(scenes.name(i), root) for i in range(len(scenes))] == \
+        [f"test/images/test/{n}.png" for n in ("t5/0", "t5/1", "t6/0")]
+    assert np.array_equal(scenes[2]["image"].permute(1, 2, 0), picture(8))
+    (root / "train/images/training").rename(disk / "training")        # the folder that the entry names is itself a link
+    (root / "train/images/training").symlink_to(disk / "training")
+    assert len(common.Scenes("streethazards", root, "train")) == 3
+
+
+def test_links_that_lead_back(tmp_path):
+    root = streethazards(tmp_path)
+    images = root / "test/images/test"
+    (images / "t5/all").symlink_to(images)                   # its own grandparent
+    (images / "t6/me").symlink_to("me")                      # itself
+    (images / "t6/gone.png").symlink_to("nowhere.png")       # nothing
+    assert len(common.Scenes("streethazards", root, "test")) == 3
+
+
+@pytest.mark.parametrize("suffix", (".PNG", ".JPG", ".jpeg", ".Jpg", ".webp", ".tif", ".TIFF", ".bmp"))
+def test_suffixes(tmp_path, suffix):
+    """Images of any kind and case beside PNG labels, in every layout."""
+    for root, data, n in ((streethazards(tmp_path / "s"), "streethazards", 3), (bdd(tmp_path / "b"), "bdd", 2),
+                          (bdd(tmp_path / "old", "old"), "bdd", 2), (camvid(tmp_path / "c", drives()), "camvid", 28)):
+        for path in [*root.rglob("*.png"), *root.rglob("*.jpg")]:
+            if "annot" in str(path.relative_to(root)) or "label" in str(path.relative_to(root)):
+                path.rename(path.with_suffix(".PNG"))
+            else:
+                Image.open(path).save(path.with_suffix(suffix))
+                if path.suffix != suffix:
+                    path.unlink()
+        scenes = common.Scenes(data, root, "train")
+        assert len(scenes) == n and {Path(scenes.name(i)).suffix for i in range(n)} == {suffix}
+        scenes[0]
+
+
+def test_other_files_are_no_images(tmp_path):
+    root = streethazards(tmp_path)
+    for name in ("list.txt", "Thumbs.db", "0.png.part", "readme", "0.npz"):
+        (root / "train/images/training/t1-3" / name).write_text("x")
+    assert len(common.Scenes("streethazards", root, "train")) == 3
+
+
+def test_everything_that_is_missing_is_told(tmp_path):
+    """Both ways, with the number and the first few; the splits of a recipe together."""
+    root = bdd(tmp_path / "bdd", labels={("train", f"{i:02}"): ids(0, 1) for i in range(12)} | {("val", "v"): ids(16)})
+    for name in ("02", "05", "06", "08", "11"):
+        (root / f"images/10k/train/{name}.jpg").unlink()
+    (root / "labels/sem_seg/masks/train/03.png").unlink()
+    (root / "labels/sem_seg/masks/val/v.png").unlink()
+    message = refused(lambda: common.Scenes("bdd", root, "train"), root, "2 images without label", "5 labels without image",
+                      *(root / f"images/10k/train/{n}.jpg" for n in ("02", "03", "05", "06")),
+                      root / "labels/sem_seg/masks/train/03.png", root / "images/10k/val/v.jpg", ", …")
+    assert "\n" not in message and "/08." not in message and "/11." not in message
+    root = own(tmp_path / "own")
+    (root / "photos/odd/moose.jpg").unlink()
+    (root / "masks/odd/sofa.png").unlink()
+    refused(lambda: common.Scenes("folder", root, "test"), "1 image without label", root / "masks/odd/sofa.png",
+            "1 label without image", root / "photos/odd/moose.jpg")
+    assert len(common.Scenes("folder", root, "train")) == 4       # has all of its own
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    root = streethazards(tmp_path)
+    for folder in ("train/images/training/t1-3", "train/annotations/training/t1-3"):
+        (root / folder / "._0.png").write_bytes(b"\0\5\x16\7")
+        put(root / folder / ".ipynb_checkpoints/0-checkpoint.png", picture())
+    put(root / "train/images/training/.thumbnails/0.png", picture())
+    assert len(common.Scenes("streethazards", root, "train")) == 3
+    (tmp_path / ".hidden").mkdir()
+    assert len(common.Scenes("streethazards", streethazards(tmp_path / ".hidden/root"), "train")) == 3    # the root may be
+
+
+def test_names_that_are_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    odd = os.fsdecode(b"k\xf6ln")
+    try:
+        (tmp_path / odd).mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    labels = drives()
+    root = camvid(tmp_path / odd, {(folder, f"{odd}_{name}"): label for (folder, name), label in labels.items()})
+    scenes = [common.Scenes("camvid", root, split, cache=tmp_path / "decoded") for split in common.SPLITS]
+    assert sum(map(len, scenes)) == len(labels) and len({s.identity() for s in scenes}) == 3
+    assert list((tmp_path / "cache").rglob("*.npz"))
+    item = scenes[2][0]
+    assert item["label"][0, :2].tolist() == [0, ANOMALY]
+    put(Path(str(scenes[0].pairs[0][1])), ids(77))
+    refused(lambda: scenes[0].decode(0), "holds id 77")
+
+
+def test_scripts_with_names_that_are_not_utf8(small, tmp_path):
+    odd = os.fsdecode(b"k\xf6ln")
+    try:
+        (tmp_path / odd).mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    root = tmp_path / odd / "toy"
+    for path in (small / "toy").rglob("*.png"):
+        to = root / path.relative_to(small / "toy")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to.with_name(f"{odd}{path.name}"))
+    run_ok("pretrain.py", "--root", root, "--epochs", 1, "--batch-size", 2, "--crop", 32, 48, folder=tmp_path)
+    predict_every_class(tmp_path / "pretrained.pt")
+    run_ok("mgu_generate.py", "--per-class", 1, "--batch-size", 2, "--max-steps", 2, "--out", "aux", folder=tmp_path)
+    run_ok("finetune.py", "--aux", "aux", "--images", "clean", "--epochs", 1, "--batch-size", 2, folder=tmp_path)
+    run_ok("evaluate.py", "--panels", 1, folder=tmp_path)
+    shutil.copy(next(root.rglob("*.png")), tmp_path / f"{odd}.png")
+    next((root / "test/annotations").rglob("*.png")).unlink()
+    done = run("evaluate.py", folder=tmp_path)
+    assert done.code == 1 and "1 image without label" in done.err and "Traceback" not in done.err
+
+
+def test_only_the_test_folder(tmp_path):
+    root = streethazards(tmp_path)
+    shutil.rmtree(root / "train")
+    assert len(common.Scenes("streethazards", root, "test")) == 3
+    refused(lambda: common.Scenes("streethazards", root, "train"), "no folder train/images/training")
+    root = own(tmp_path / "own")
+    shutil.rmtree(root / "photos/train")
+    assert len(common.Scenes("folder", root, "test")) == 2
+    root = camvid(tmp_path / "camvid", drives())      # its test images lie in all folders: half of them would be another set
+    shutil.rmtree(root / "train")
+    refused(lambda: common.Scenes("camvid", root, "test"), "no folder train")
+
+
+@pytest.mark.parametrize("kind, suffixes", (("images", ("png", "jpg")), ("images", ("png", "PNG")), ("annotations", ("png", "tif"))))
+def test_two_files_of_one_name(tmp_path, kind, suffixes):
+    root = streethazards(tmp_path)
+    paths = [root / f"train/{kind}/training/t1-3/1.{s}" for s in suffixes]
+    put(paths[1], ids(1) if kind == "annotations" else picture())
+    if len({p.stat().st_ino for p in paths}) == 1:
+        pytest.skip("this file system does not tell cases apart")
+    assert "\n" not in refused(lambda: common.Scenes("streethazards", root, "train"), *(p.name for p in paths), "one name")
+
+
+@pytest.mark.parametrize("image_end, label_end", (("", "_ids"), ("_photo", ""), ("_photo", "_ids"), ("_x", "_x_ids")))
+def test_images_and_labels_in_one_folder(tmp_path, image_end, label_end):
+    """Told apart by the ends of their names, whichever of the two has one."""
+    for n in range(3):
+        put(tmp_path / f"all/{n}{image_end}.png", picture(n))
+        put(tmp_path / f"all/{n}{label_end}.png", ids(1, 2))
+    where = {"images": "all", "labels": "all", "image_end": image_end, "label_end": label_end}
+    describe(tmp_path, {"classes": {"x": 1, "y": 2}, "splits": {"train": where}})
+    scenes = common.Scenes("folder", tmp_path, "train")
+    assert stems(scenes.pairs) == [f"{n}{image_end}" for n in range(3)]
+    assert scenes[1]["label"][0, :2].tolist() == [0, 1] and np.array_equal(scenes[1]["image"].permute(1, 2, 0), picture(1))
+
+
+def test_scan_without_a_home(tmp_path, monkeypatch):
+    """A user id without an entry in the system's list of users, and no HOME."""
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(Path, "home", nobody)
+    root, seen = bdd(tmp_path / "bdd"), scans(monkeypatch)
+    for value in (None, ""):
+        monkeypatch.delenv("XDG_CACHE_HOME") if value is None else monkeypatch.setenv("XDG_CACHE_HOME", value)
+        seen.clear()
+        assert stems(common.split_pairs("bdd", root, "test")) == ["b", "d", "f"] and len(seen) == 7
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    common.split_pairs("bdd", root, "test")
+    assert list((tmp_path / "cache").rglob("*.npz"))
 
 
 # ───────────────────────────────────────────── augmentation ─────────────────────────────────────────────
@@ -660,6 +1268,27 @@ def test_toy_is_written_on_first_use(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     assert common.default_root("toy", "mine") == "mine" and len(written) == 1       # there already
     assert Path(common.default_root("bdd", None)) == Path("data/bdd") and len(written) == 1
+
+
+def test_toy_is_never_written_where_a_checkpoint_says(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(common.runpy, "run_path", lambda path: dict(write_toy=lambda root: written.append(str(root))))
+    monkeypatch.chdir(tmp_path)
+    for root in ("/etc/toy", str(tmp_path / "elsewhere"), "../toy", "data/toys", str(tmp_path / "data/toy")):
+        assert common.default_root("toy", root) == root and not written
+    for root in (None, "data/toy", "./data/toy"):
+        common.default_root("toy", root)
+    assert written == ["data/toy"] * 3
+    assert common.default_root("toy", "mine", write=True) == "mine" and written[3:] == ["mine"]
+    assert common.default_root("streethazards", "nowhere", write=True) == "nowhere" and len(written) == 4
+
+
+def test_later_stages_do_not_write_to_a_checkpoints_root(small, tmp_path):
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, root=str(tmp_path / "victim/toy")), tmp_path / "pretrained.pt")
+    for script, *args in (("mgu_generate.py",), ("finetune.py", "--known-unknown", "car"), ("evaluate.py", "--ckpt", "pretrained.pt")):
+        done = run(script, *args, folder=tmp_path)
+        assert done.code == 1 and "victim/toy: not the layout of toy" in done.err and not (tmp_path / "victim").exists()
 
 
 def test_to_input():
