@@ -803,8 +803,8 @@ def read_image(path, upright=False):
             turn = orientation(image) if upright else None
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                 # Pillow's conversion would make everything above 255 white. Its 16-bit colour keeps the upper 8 bits
-                values = np.asarray(image) >> (4 if raw_mode(image) == "I;12" else 8)
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+                shift = 4 if raw_mode(image) == "I;12" else 8
+                image = Image.fromarray((np.asarray(image) >> shift).clip(0, 255).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"values of 32 bits (mode {image.mode}); expected 8 or 16")
             image = image.convert("RGB")
