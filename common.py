@@ -66,15 +66,15 @@ class InputError(Exception):
 
 PAPER = {   # Section IV-A
     "pretrain": dict(arch="deeplabv3", epochs=1000, batch_size=256, lr=1e-4),
-    "mgu": dict(per_class=300),
+    "mgu": dict(per_class=300, step="plain"),
     "finetune": dict(epochs={"deeplabv3": 10, "pspnet": 30, "fpn": 10},   # fpn is not the paper's: as deeplabv3
                      batch_size=256, lr=1e-4, alpha=0.05, loss="er"),
 }
 OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "pretrain": dict(backbone="resnet50", weights="imagenet", crop=(512, 512), scale=(0.5, 2.0),
                      schedule="constant", bn="train", width=256),
-    "mgu": dict(step="plain", step_size={"plain": 5.0, "sign": 1.0}, double_every={"plain": 0, "sign": 16},
-                max_steps=80, batch_size=4),
+    "mgu": dict(step_size={"plain": 5.0, "sign": 1.0}, double_every={"plain": 0, "sign": 16}, max_steps=80,
+                batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix="none"),
 }
 RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
@@ -838,8 +838,8 @@ def load_checkpoint(path):
 
 
 def data_root(given, checkpoint):
-    """The folder of a checkpoint's data: --root, else where it was trained. InputError where there is none: a checkpoint
-    never makes a script write data where the user did not say."""
+    """The folder of a checkpoint's data: --root, else where it was trained. InputError where there is none: a
+    checkpoint never makes a script write data where the user did not say."""
     root = given or checkpoint["root"]
     if not given and not Path(root).is_dir():
         raise InputError(f"{root}: no such folder; the checkpoint was trained on {checkpoint['data']} there: "

@@ -146,7 +146,7 @@ class AuxiliarySet(torch.utils.data.Dataset):
 
 
 def control(images, X, X_aux, D_s, rng):
-    """The image of a control, uint8 (H, W, 3): X outside D_s, and on D_s what `images` says (see the top of the file)."""
+    """The image of a control, uint8 (H, W, 3): X outside D_s, and on D_s what `images` says (top of the file)."""
     moved = X_aux[D_s].astype(np.float64) - X[D_s]               # X' − X, (|D_s|, 3) grey levels
     if images == "noise":
         moved = rng.permutation(moved)                           # of the pixels: (R, G, B) stay together

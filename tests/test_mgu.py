@@ -136,7 +136,7 @@ def test_engine_is_algorithm_1(case, batch_size, float64):
 @pytest.mark.parametrize("batch_size", (1, 3, 8))
 def test_engine_in_float32(case, batch_size):
     """float32, as the script runs it. Rounding may let a pixel on the boundary flip an iteration earlier or later, and
-    a sign turn over where the gradient is nearly 0: 9 in 10 histories are the same, and those X' to 0.01 grey levels."""
+    a sign turn over where the gradient is nearly 0: 9 in 10 histories are the same, those X' to 0.01 grey levels."""
     f, jobs, settings, expected = case
     found = engine(copy.deepcopy(f).float(), jobs, batch_size, *settings)
     same = [k for k in found if found[k][2] == expected[k][1]]
@@ -230,7 +230,8 @@ def test_folding_batch_norm_changes_nothing(arch):
     assert expected.std() > 1e-3, "the test needs logits that are not all 0"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert len(norms) > 40 and not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert not folded.training and all(torch.equal(v, before[k]) for k, v in f.state_dict().items()), "f itself was changed"
+    assert not folded.training
+    assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items()), "f itself was changed"
 
 
 class Scenes:
@@ -252,7 +253,7 @@ class Scenes:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_stored_samples(step, tmp_path):
-    """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that; the figures are theirs."""
+    """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that; the figures fit."""
     f = network(3)
     jobs = make_jobs(f, 9, 0)   # the last one hits the cap
     name, eta, double, cap = STEPS[step]
