@@ -1,6 +1,7 @@
 """The batched MGU engine against Algorithm 1 written out for one image, in float64 with Python sets of pixels."""
 import argparse
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 import common
 import mgu_generate
-from mgu_generate import choose, fold_batch_norm, mgu
+from mgu_generate import ahead, choose, fold_batch_norm, mgu
+from runner import finish, run, start, wait_for
 
 N = 5
 SIZES = ((12, 16), (12, 16), (9, 11), (12, 16))   # of the images, in turn
@@ -316,3 +318,79 @@ def test_choose(toy_root, capsys, monkeypatch, least):
 def scenes_ids():
     """{PNG id: class} of the toy data, which has StreetHazards' ids."""
     return {1: 0, 2: 1, 3: 2, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9, 12: 10, 13: 11}
+
+
+# ─────────────────────────────────────────── around the algorithm ───────────────────────────────────────────
+
+def test_the_printed_step_is_the_default():
+    for arch in common.ARCHS:
+        for data in common.RECIPES:
+            names = {**common.PAPER["mgu"], **common.OURS["mgu"]}
+            args = argparse.Namespace(**dict.fromkeys(names), seed=0)
+            told = common.resolve(args, "mgu", data, arch)
+            assert args.step == "plain" and args.double_every == 0 and "step plain (paper)" in told
+
+
+def test_tf32_is_on_in_the_iterations_alone():
+    """Flips are decided by predict(), in float32: between two images the switches are as setup() left them."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    state = lambda: [s.allow_tf32 for s in switches]
+    seen, before = [], state()
+
+    class Spy(nn.Conv2d):
+        def forward(self, X):
+            seen.append(state())
+            if len(seen) == 5:
+                raise ZeroDivisionError
+            return super().forward(X)
+    X, I = torch.full((3, 4, 5), 200, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.bool)
+    torch.manual_seed(0)
+    try:
+        for s in switches:
+            s.allow_tf32 = False
+        for tf32 in (True, False):
+            for _ in mgu(Spy(3, 2, 1), [(0, X, I, 0)], 1, max_steps=1, tf32=tf32):
+                assert state() == [False, False] and seen[-1] == [tf32, tf32]
+        seen[:] = seen[-1:] * 4
+        with pytest.raises(ZeroDivisionError):
+            list(mgu(Spy(3, 2, 1), [(0, X, I, 0)], 1, tf32=True))
+        assert seen[-1] == [True, True] and state() == [False, False]
+    finally:
+        for s, value in zip(switches, before):
+            s.allow_tf32 = value
+
+
+def test_ahead_keeps_the_order_and_its_distance():
+    begun = []
+
+    def make(i):
+        begun.append(i)
+        if i == 30:
+            raise common.InputError("30")
+        return i * i
+    with ThreadPoolExecutor(3) as pool:
+        squares, got = ahead(pool, make, range(40), 4), []
+        with pytest.raises(common.InputError, match="30"):
+            for value in squares:
+                got.append(value)
+                assert len(begun) <= len(got) + 5
+    assert got == [i * i for i in range(30)]
+
+
+def test_a_second_run_and_a_damaged_manifest(small, tmp_path):
+    """Two runs with the same --out at once: the second is refused, the first is not disturbed."""
+    command = ("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1)
+    slow = "import common, time\nsave = common.save_npz\n" \
+           "common.save_npz = lambda p, a: ('image' in a and (open('begun', 'w'), time.sleep(2)), save(p, a))"
+    (tmp_path / "second").mkdir()
+    first = start(*command, folder=tmp_path, before=slow)
+    assert wait_for((tmp_path / "begun").exists, first)
+    second = run(*command, "--out", tmp_path / "auxiliary", "--restart", folder=tmp_path / "second")
+    assert second.code == 1 and second.err.count("\n") == 1 and "another run" in second.err, second.err
+    assert finish(first, tmp_path).code == 0 and not list((tmp_path / "auxiliary").glob(".*"))
+    manifest = common.load_json(tmp_path / "auxiliary/manifest.json")
+    assert len(manifest["samples"]) == len(list((tmp_path / "auxiliary").glob("*.npz"))) >= 8
+    for content in ([], {}, dict(manifest, settings=3)):
+        common.save_json(tmp_path / "auxiliary/manifest.json", content)
+        done = run(*command, folder=tmp_path)
+        assert done.code == 1 and done.err.count("\n") == 1 and "manifest.json: holds no settings" in done.err, done.err
