@@ -60,6 +60,7 @@ def parse():
                    help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3)")
     pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)", micro_batch=16)
     args = p.parse_args()
+    # The pilot study has neither X' nor I_ỹ: what is said about them would be silently without effect
     if args.known_unknown and (args.images or args.mix or args.unknown):
         p.error("argument --known-unknown: takes no auxiliary set: leave out --images, --mix and --unknown")
     return args
@@ -126,10 +127,10 @@ class AuxiliarySet(torch.utils.data.Dataset):
         image, Z = sample["image"], sample["label"]
         D_s = Z == sample["y"] if self.unknown == "all" else sample["unknown"]   # I_ỹ, or its flipped pixels
         images = "clean" if i >= n else self.images
-        if images != "aux":
+        if images != "aux":                                      # X itself is only read where it is needed
             X = self.original(path, sample)
             image = control(images, X, image, D_s, np.random.default_rng([self.seed, i]))
-        if images == "clean":
+        if images == "clean":                                    # every labelled pixel is D_k
             D_s = np.zeros_like(D_s)
         return dict(image=torch.from_numpy(image).permute(2, 0, 1), label=torch.from_numpy(Z),
                     unknown=torch.from_numpy(D_s), index=i)
@@ -138,6 +139,7 @@ class AuxiliarySet(torch.utils.data.Dataset):
         """Item n + k: the k-th image of a permutation of the training split, another one in each epoch (and, where the
         split has fewer than n images, for each round through it)."""
         n, N_train = len(self.names), len(self.train)
+        # A function of (seed, epoch, i) alone: neither loader processes nor an interruption change it
         rounds, k = divmod(i - n, N_train)
         rounds += epoch * -(-n // N_train)                       # those of the epochs before
         order = np.random.default_rng([self.seed, rounds]).permutation(N_train)
@@ -162,6 +164,7 @@ def control(images, X, X_aux, D_s, rng):
 def add_with_rms(x, moved):
     """x + c · moved, rounded and clipped to 0..255, with the c whose result differs from x by the RMS of `moved`.
 
+    X' − X itself never leaves 0..255 (MGU clamps), but shuffled or turned over it does: the control would be weaker.
     Clipping takes away some of c · moved, the more the larger c is: c ← c · (RMS asked) / (RMS found) rises to the
     c that is sought. Where rounding or saturation forbid it: the nearest found. x, moved (n, 3) → uint8 (n, 3)."""
     rms = lambda d: float(np.sqrt(np.mean(d**2))) if d.size else 0.0
@@ -178,7 +181,8 @@ def add_with_rms(x, moved):
 
 
 def auxiliary_data(args, checkpoint, root):
-    """(AuxiliarySet, what it was made from as plain values). InputError where it belongs to another checkpoint."""
+    """(AuxiliarySet, what it was made from as plain values). InputError where it belongs to another checkpoint: the
+    pixels of D_s lie behind the boundaries of the f that they were made with (Sec. III-B), of no other."""
     data = AuxiliarySet(args.aux, root, args.seed, args.unknown, args.images, clean=args.mix == "clean")
     path = Path(args.aux) / "manifest.json"
     made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
@@ -215,17 +219,18 @@ def main():
     device = common.setup(args.device, tf32=True)
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, "finetune", checkpoint["data"], f.arch))
-    root = common.data_root(args.root, checkpoint)
+    root = common.data_root(args.root, checkpoint)               # X and the training split are read there
     data, identity = (known_unknown_data if args.known_unknown else auxiliary_data)(args, checkpoint, root)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
 
+    # What decides the result, and so what a continued run must share with the first
     names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
              "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity)
     facts = {k: checkpoint[k] for k in ("arch", "backbone", "classes", "data", "anomaly")}
     facts.update(width=checkpoint.get("width", 256), root=root, stage="finetune", known_unknown=args.known_unknown)
-    # ASSUMPTION: dropout is active, as in pretraining
+    # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
     pretrain.train(f, data, args, device, settings, facts)
 
 

@@ -11,7 +11,17 @@
     python mgu_generate.py --ckpt pretrained.pt --per-class 300 --out auxiliary_300
     torchrun --nproc-per-node 8 mgu_generate.py              # the same set for any number of processes
 
-Algorithm 1 is run as printed, with the step X' − η∇L for images in [0, 1], but for:
+Algorithm 1, for an image X with labels Z, a class ỹ that occurs in it, and all its pixels Ω:
+    1   X' ← X
+    2   I_ỹ ← {(h, w) ∈ Ω : Z_{h,w} = ỹ}
+    3   P_ỹ ← I_ỹ
+    4   while P_ỹ ≠ ∅ do
+    5       P_ỹ ← {(h, w) ∈ I_ỹ : arg max_i S_i(X'_{h,w}) = ỹ}
+    6       for (h, w) in P_ỹ do
+    7           X'_{h,w} ← X'_{h,w} − η ∇_{X'_{h,w}} L_mgu(f(X'), ỹ)       L_mgu: Eq. 3, the mean of S_ỹ over P_ỹ
+    8       end for
+    9   end while
+update() is lines 5 to 8, mgu() the rest, for many images at once. Run as printed, with η for images in [0, 1], but for:
   DEVIATION 1  only with --step sign: one grey level against the sign of the gradient of every value, and η doubles
                every 16 iterations for the pixels that resist. Kept to be compared with the printed step.
   DEVIATION 2  X' is clamped to the range of an image in every iteration. Gradients are heavy-tailed: without the clamp
@@ -77,6 +87,8 @@ def parse():
 def update(f, X_aux, I, y, eta, sign=False):
     """Lines 5 to 8, one iteration of every image of a batch: (P_ỹ, the next X').
 
+    f is frozen: the gradient is with respect to the image. P_ỹ is computed anew from all of I_ỹ, so a pixel that had
+    flipped and fell back when its neighbours moved is in it again.
     X_aux (B, 3, H, W) float, grey levels 0..255; I = I_ỹ (B, H, W) bool; y = ỹ (B,) int64; P_ỹ (B, H, W) bool.
     eta: η for images in [0, 1]; with `sign`, in grey levels; a number or (B, 1, 1, 1)."""
     X = (X_aux / 255).requires_grad_(True)                               # X' as f takes it
@@ -99,7 +111,9 @@ def mgu(f, jobs, batch_size, step="plain", eta=5.0, double_every=0, max_steps=80
     f: frozen segmenter. jobs: iterable of (key, X uint8 (3, H, W), I_ỹ bool (H, W), ỹ). Each image of the batch has
     its own P_ỹ, its own 1/|P_ỹ| and its own end; the next job takes the place of a finished one. The batch keeps its
     shape to the end (empty places compute nothing that is used), so that a result does not depend on its neighbours:
-    bit-identical on a CPU for one batch size, else to rounding. `tf32`: of f on a GPU."""
+    bit-identical on a CPU for one batch size, else to rounding.
+    `tf32`: of f on a GPU. It moves a logit by about 1e-3 of its size, which the stored X' does not take on trust:
+    generate() looks again in float32."""
     jobs = iter(jobs)
     job, places = next(jobs, None), [None] * batch_size                  # a place: its job's key, history, first P_ỹ
     while job or any(places):
@@ -118,7 +132,7 @@ def mgu(f, jobs, batch_size, step="plain", eta=5.0, double_every=0, max_steps=80
         with allow_tf32(tf32):
             P, X_next = update(f, X_aux, I, y, eta_t, step == "sign")    # 5 to 8
 
-        size = P.sum((1, 2))
+        size = P.sum((1, 2))                                             # |P_ỹ| of each image: (B,)
         X_best = torch.where((size < fewest).view(-1, 1, 1, 1), X_aux, X_best)
         fewest = torch.minimum(size, fewest)
         for b, n in enumerate(size.tolist()):                            # the one wait of an iteration
@@ -148,6 +162,8 @@ def allow_tf32(allowed):
 def deterministic():
     """The same bytes in every run on one GPU, as far as PyTorch has deterministic kernels (it warns where not).
 
+    The gradient of the bilinear upsampling is a sum of atomic additions in any order otherwise, and the last bit of a
+    gradient decides, some iterations later, whether a pixel on the boundary has flipped.
     cudnn.benchmark stays off: it picks kernels by timing, and so others in another run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # what deterministic cuBLAS needs
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -172,7 +188,9 @@ def fold_batch_norm(f):
 def choose(scenes, per_class, seed):
     """[(class, image index)]: for each class `per_class` images with at least MIN_PIXELS pixels of it, by seed.
 
-    Independent of the file system's order; a larger per_class keeps the images of a smaller one."""
+    Sec. IV-A: an auxiliary image has one adversarial class, and every class gets as many images. The choice does not
+    depend on the file system's order, and a larger per_class keeps the images of a smaller one.
+    ASSUMPTION: at random among the images that hold the class; one image may serve several classes."""
     labels = [label for _, label in scenes.pairs]
     counts = common.id_histograms(labels)                                # (images, 256)
     common.check_ids(scenes.data, scenes.lut, counts, labels)
@@ -187,6 +205,7 @@ def choose(scenes, per_class, seed):
 
 
 def sample_name(scenes, y, i):
+    """File name of the sample of class y from training image i: "09_car-000017.npz"."""
     return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y])}-{i:06d}.npz"
 
 
@@ -215,17 +234,19 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
     The other pixels of I_ỹ stay in D_k with the label ỹ: those that moved without flipping, and those that f got wrong
     on X and that joined P_ỹ later and crossed (fewer than 1 in 100).
     ASSUMPTION: an image of which f gets no pixel of I_ỹ right is stored all the same: X' = X, with an empty D_s."""
-    def job(chosen):
+    f_folded = fold_batch_norm(f)
+
+    def job(chosen):                                                     # what mgu() takes; the label goes along
         y, i = chosen
         item = scenes[i]
         return (y, i, item["label"]), item["image"], item["label"] == y, y
 
     # Reading takes as long as a few iterations on a GPU, and so does compressing: both run beside them
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(4) as writers:
-        ended = mgu(fold_batch_norm(f), ahead(reader, job, jobs), args.batch_size, args.step, args.step_size,
+        ended = mgu(f_folded, ahead(reader, job, jobs), args.batch_size, args.step, args.step_size,
                     args.double_every, args.max_steps, device, tf32)
 
-        def samples():
+        def samples():                                                   # (path, arrays), as images end
             for (y, i, label), X_aux, first, history in ended:
                 image = X_aux.round().to(torch.uint8)                    # changes nothing after sign steps
                 flipped = predict(f, image, device)[0] != y
@@ -240,7 +261,9 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
 
 
 def measure(f, scenes, jobs, out, device):
-    """Read the stored samples back, put them through f, and return a row of figures for each job."""
+    """Read the stored samples back, put them through f, and return a row of figures for each job.
+
+    Counts and sums, not means: class_figures() adds them up over the pixels of a class, whichever rank read them."""
     def read(job):
         path = out / sample_name(scenes, *job)
         return path, common.load_sample(path), scenes.decode(job[1])[0]
@@ -262,7 +285,12 @@ def measure(f, scenes, jobs, out, device):
 
 
 def class_figures(rows):
-    """The manifest's figures over some samples: what the files hold, not what the optimiser believed."""
+    """The manifest's figures over some samples: what the files hold, not what the optimiser believed.
+
+    flip_rate: of the pixels of I_ỹ that f gets right on X, the percentage that it gets wrong on the stored X'.
+    mean_max_softmax: over D_s; near 1/2 means near the boundary (Sec. III-B), near 1 that η is too large.
+    unflipped_pixels: sum of the smallest |P_ỹ|, 0 where the cap ended no image. linf, rms: of X' − X over I_ỹ and the
+    three channels, grey levels; iterations: of line 4."""
     summed = ("correct", "flipped", "unflipped", "confidence", "unknown", "squares", "values", "bytes")
     total = {k: sum(r[k] for r in rows) for k in summed}
     iterations = [r["iterations"] for r in rows]
@@ -311,7 +339,9 @@ def sheets(f, scenes, jobs, out, device, per_class=3):
 
 
 def sheet_row(row, f, X, sample, cmap, device):
-    """Draw one sample into the five axes of `row`; X uint8 (H, W, 3)."""
+    """Draw one sample into the five axes of `row`; X uint8 (H, W, 3).
+
+    X' − X is amplified until its 95th percentile on D_s spans 100 grey levels, around a mid grey."""
     X_aux, D_s = sample["image"], sample["unknown"]
     before, after = (predict(f, torch.as_tensor(v).permute(2, 0, 1), device)[0] for v in (X, X_aux))
     moved = X_aux.astype(float) - X
@@ -340,6 +370,7 @@ def main():
         deterministic()
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, "mgu", checkpoint["data"], f.arch))
+    # sign steps stay on the 8-bit grid, so that rounding for the file undoes none of them
     if args.step == "sign" and args.step_size % 1:
         raise common.InputError(f"--step-size {args.step_size}: sign steps are whole grey levels, expected 1, 2, …")
     with common.first_rank_first():
@@ -353,6 +384,8 @@ def main():
     f = f.to(device).requires_grad_(False)
     common.say(common.about_run(device, f))
 
+    # What decides the bytes of the set, and so what a continued run must share with the first; not the batch size,
+    # the device or the number of processes, which change them by rounding alone
     out = Path(args.out)
     settings = dict(
         ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(),
@@ -362,6 +395,7 @@ def main():
         with common.first_rank_first():
             if common.rank() == 0:
                 prepare(out, settings, args.restart)
+        # A sample has its name once it is whole: what is there need not be made again
         missing = [job for job in jobs if not (out / sample_name(scenes, *job)).exists()]
         common.barrier()                                                 # every rank has looked before any writes
         if len(missing) < len(jobs):
@@ -387,7 +421,7 @@ def prepare(out, settings, restart):
             path.unlink(missing_ok=True)
     for path in out.glob(".*.tmp*"):                                     # left by a run that was killed
         path.unlink()
-    if manifest.exists():
+    if manifest.exists():                                                # continue, with the same settings alone
         before = manifest_settings(manifest)
         for name, value in settings.items():
             if before.get(name) != value:
