@@ -1,61 +1,173 @@
 """Stage 2 of 4: Masked Gradient Update (Sec. III-B, Algorithm 1): auxiliary images with synthetic-unknown pixels.
 
     in     pretrained.pt (--ckpt) and its dataset's training images
-    out    aux/CLASS_NAME-IMAGE.npz   one sample: image uint8 (H, W, 3) = X'; label uint8 (H, W) = Z; unknown bool
-                                      (H, W), the flipped pixels; y; source; history = |P_ỹ| in each iteration
-           aux/manifest.json          settings, and per class what is stored: flips, confidence, perturbation
-           aux/sheets/*.png           contact sheet of each class; |P_ỹ| against the iteration
+    out    auxiliary/CLASS-IMAGE.npz   one sample: image uint8 (H, W, 3) = X'; label uint8 (H, W) = Z; unknown bool
+                                       (H, W) = D_s, the flipped pixels; y = ỹ; correct = pixels of I_ỹ that f gets
+                                       right on X; source = X's file; history = |P_ỹ| in each iteration
+           auxiliary/manifest.json     settings, and per class what is stored: flips, confidence, perturbation
+           auxiliary/sheets/*.png      contact sheet of each class; |P_ỹ| against the iteration
 
     python mgu_generate.py                                   # from the toy data's pretrained.pt
-    python mgu_generate.py --ckpt pretrained.pt --per-class 300 --out aux_300
+    python mgu_generate.py --ckpt pretrained.pt --per-class 300 --out auxiliary_300
     torchrun --nproc-per-node 8 mgu_generate.py              # the same set for any number of processes
 
-Algorithm 1 of the paper, and where we leave it:
-  DEVIATION 1  the step is one grey level against the sign of the gradient (--step sign). Under the paper's
-               X' − η∇L (--step plain) gradients are heavy-tailed: a few pixels move by hundreds of grey levels
-               while most barely move, which leaves the range of an image and, in 8-bit storage, undoes flips.
-               η doubles every 16 iterations for the pixels that resist: 1 to 5 % of them lie in cells whose
-               neighbours have flipped and no longer move, and one grey level never takes them across.
-  DEVIATION 2  X' is clamped to the range of an image in every iteration, and stays on the 8-bit grid under
-               --step sign, so that the file holds exactly the X' that crossed the boundary.
+Algorithm 1, for an image X with labels Z, a class ỹ that occurs in it, and all its pixels Ω:
+    1   X' ← X
+    2   I_ỹ ← {(h, w) ∈ Ω : Z_{h,w} = ỹ}
+    3   P_ỹ ← I_ỹ
+    4   while P_ỹ ≠ ∅ do
+    5       P_ỹ ← {(h, w) ∈ I_ỹ : arg max_i S_i(X'_{h,w}) = ỹ}
+    6       for (h, w) in P_ỹ do
+    7           X'_{h,w} ← X'_{h,w} − η ∇_{X'_{h,w}} L_mgu(f(X'), ỹ)       L_mgu: Eq. 3, the mean of S_ỹ over P_ỹ
+    8       end for
+    9   end while
+update() is lines 5 to 8, mgu() the rest, for many images at once. Run as printed, with η for images in [0, 1], but for:
+  DEVIATION 1  only with --step sign: one grey level against the sign of the gradient of every value, and η doubles
+               every 16 iterations for the pixels that resist. Kept to be compared with the printed step.
+  DEVIATION 2  X' is clamped to the range of an image in every iteration. Gradients are heavy-tailed: without the clamp
+               a few pixels leave the range by hundreds of grey levels, and 8-bit storage undoes their flips.
   DEVIATION 3  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty; what is
                kept of an image that reaches it is the X' with the fewest pixels in P_ỹ.
-The README has the measurements behind the first. A run that was killed continues when the command is repeated.
+What the paper leaves open is marked ASSUMPTION where it is decided. A run that was killed continues when the command
+is repeated. The set has the same bytes in every run on a CPU; on a GPU as far as its kernels are deterministic.
 """
 import argparse
+import collections
+import contextlib
 import copy
 import os
 import re
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
 
 MIN_PIXELS = 64   # ASSUMPTION: an image with fewer pixels of the class is passed over
 
 
 def parse():
-    p = argparse.ArgumentParser(description="Masked Gradient Update: make the auxiliary set (Sec. III-B, Algorithm 1).",
-                                epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
-    p.add_argument("--ckpt", default="pretrained.pt", help="checkpoint of pretrain.py: f, frozen (default: pretrained.pt)")
+    p = argparse.ArgumentParser(
+        description="Masked Gradient Update: make the auxiliary set (Sec. III-B, Algorithm 1).",
+        epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
+    p.add_argument("--ckpt", default="pretrained.pt",
+                   help="checkpoint of pretrain.py: f, frozen (default: pretrained.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
-    p.add_argument("--per-class", type=common.whole(), help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 2, camvid: 20)")
-    p.add_argument("--step", choices=("sign", "plain"), help="X' − η·sign(∇L), η in grey levels, or X' − η∇L for images "
-                   "in [0, 1] as in Algorithm 1, line 7 (ours: sign)")
-    p.add_argument("--step-size", type=common.real(0, above=True), metavar="η", help="η (ours: 1 grey level for sign, 5 for plain)")
-    p.add_argument("--double-every", type=common.whole(0), metavar="ITERATIONS", help="double η for what has not flipped after "
-                   "so many, and again after as many more; 0: never (ours: 16 for sign, 0 for plain)")
+    p.add_argument("--per-class", type=common.whole(),
+                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 2, camvid: 20)")
+    p.add_argument("--step", choices=("plain", "sign"),
+                   help="X' − η∇L for images in [0, 1] as in Algorithm 1, line 7, or X' − η·sign(∇L), η in grey levels "
+                        "(paper: plain)")
+    p.add_argument("--step-size", type=common.real(0, above=True), metavar="η",
+                   help="η (ours: 5 for plain, 1 grey level for sign)")
+    p.add_argument("--double-every", type=common.whole(0), metavar="ITERATIONS",
+                   help="double η for what has not flipped after so many, and again after as many more; 0: never "
+                        "(ours: 0 for plain, 16 for sign)")
     p.add_argument("--max-steps", type=common.whole(), help="iterations after which an image is given up (ours: 80)")
-    p.add_argument("--batch-size", type=common.whole(), help="images at once on a device; sets the memory, not the result (ours: 4; toy, camvid: 8)")
+    p.add_argument("--batch-size", type=common.whole(),
+                   help="images at once on a device; sets the memory, not the result (ours: 4; toy, camvid: 8)")
+    p.add_argument("--precision", choices=("float32", "tf32"),
+                   help="of Algorithm 1 on a GPU; which pixels of the stored X' have flipped is decided in float32 "
+                        "(default: tf32 on CUDA, else float32)")
     p.add_argument("--seed", type=common.whole(0), default=0, help="seed of the choice of images (default: 0)")
     p.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
-    p.add_argument("--out", default="aux", help="folder of the auxiliary set (default: aux)")
+    p.add_argument("--out", default="auxiliary", help="folder of the auxiliary set (default: auxiliary)")
     p.add_argument("--restart", action="store_true", help="remove the set that --out holds and start over")
     return p.parse_args()
+
+
+# ───────────────────────────────────────────── Algorithm 1 ─────────────────────────────────────────────
+
+def update(f, X_aux, I, y, eta, sign=False):
+    """Lines 5 to 8, one iteration of every image of a batch: (P_ỹ, the next X').
+
+    f is frozen: the gradient is with respect to the image. P_ỹ is computed anew from all of I_ỹ, so a pixel that had
+    flipped and fell back when its neighbours moved is in it again.
+    X_aux (B, 3, H, W) float, grey levels 0..255; I = I_ỹ (B, H, W) bool; y = ỹ (B,) int64; P_ỹ (B, H, W) bool.
+    eta: η for images in [0, 1]; with `sign`, in grey levels; a number or (B, 1, 1, 1)."""
+    X = (X_aux / 255).requires_grad_(True)                               # X' as f takes it
+    logits = f(X)
+    # 5: P_ỹ ← {(h, w) ∈ I_ỹ : arg max_i S_i(X'_{h,w}) = ỹ}; the arg max of the logits is that of S
+    P = I & (logits.argmax(1) == y.view(-1, 1, 1))
+    L = common.loss_mgu(common.log_softmax(logits), P, y)                # Eq. 3: (B,)
+    gradient, = torch.autograd.grad(L.sum(), X)      # L_b depends on image b alone: the sum keeps the images apart
+    # 6 to 8: for (h, w) in P_ỹ: X'_{h,w} ← X'_{h,w} − η ∇_{X'_{h,w}} L_mgu(f(X'), ỹ)
+    # ASSUMPTION: the loop is over one gradient: all of P_ỹ moves at once
+    move = eta * gradient.sign() if sign else 255 * eta * gradient       # in grey levels; DEVIATION 1: the sign
+    X_next = (X_aux - move).clamp(0, 255)                                # DEVIATION 2: the clamp
+    return P, torch.where(P[:, None], X_next, X_aux)
+
+
+def mgu(f, jobs, batch_size, step="plain", eta=5.0, double_every=0, max_steps=80, device="cpu", tf32=False):
+    """Algorithm 1 for many images; yields (key, X' in grey levels (3, H, W), P_ỹ of the first iteration, history of
+    |P_ỹ|) as they end. X' is that of the smallest |P_ỹ|: the last one, unless the cap ended it.
+
+    f: frozen segmenter. jobs: iterable of (key, X uint8 (3, H, W), I_ỹ bool (H, W), ỹ). Each image of the batch has
+    its own P_ỹ, its own 1/|P_ỹ| and its own end; the next job takes the place of a finished one. The batch keeps its
+    shape to the end (empty places compute nothing that is used), so that a result does not depend on its neighbours:
+    bit-identical on a CPU for one batch size, else to rounding.
+    `tf32`: of f on a GPU. It moves a logit by about 1e-3 of its size, which the stored X' does not take on trust:
+    generate() looks again in float32."""
+    jobs = iter(jobs)
+    job, places = next(jobs, None), [None] * batch_size                  # a place: its job's key, history, first P_ỹ
+    while job or any(places):
+        if not any(places):                                              # the start, or images of another size
+            X_aux = torch.zeros(batch_size, *job[1].shape, device=device).contiguous(memory_format=torch.channels_last)
+            I = torch.zeros(batch_size, *job[1].shape[1:], dtype=torch.bool, device=device)
+            y, t, fewest = torch.zeros(3, batch_size, dtype=torch.int64, device=device)   # t: iterations so far
+            X_best = X_aux.clone()
+        for b in range(batch_size):
+            if places[b] is None and job and job[1].shape == X_aux.shape[1:]:
+                key, X_aux[b], I[b], y[b] = job                          # 1: X' ← X; 2: I_ỹ; 3 only opens the loop
+                t[b], fewest[b] = 0, I[b].numel() + 1
+                places[b], job = dict(key=key, history=[]), next(jobs, None)
+
+        eta_t = eta * (2.0**(t // double_every)).view(-1, 1, 1, 1) if double_every else eta   # DEVIATION 1: doubling
+        with allow_tf32(tf32):
+            P, X_next = update(f, X_aux, I, y, eta_t, step == "sign")    # 5 to 8
+
+        size = P.sum((1, 2))                                             # |P_ỹ| of each image: (B,)
+        X_best = torch.where((size < fewest).view(-1, 1, 1, 1), X_aux, X_best)
+        fewest = torch.minimum(size, fewest)
+        for b, n in enumerate(size.tolist()):                            # the one wait of an iteration
+            if places[b]:
+                places[b]["history"].append(n)
+                places[b].setdefault("first", P[b])
+                if n == 0 or len(places[b]["history"]) > max_steps:      # 4: while P_ỹ ≠ ∅; DEVIATION 3: or the cap
+                    yield places[b]["key"], X_best[b].cpu(), places[b]["first"].cpu(), places[b]["history"]
+                    places[b], I[b] = None, False
+        X_aux, t = X_next, t + 1                                         # 9
+
+
+@contextlib.contextmanager
+def allow_tf32(allowed):
+    """Whether CUDA may round the factors of a product to TF32 (10-bit mantissa) in this block; nothing on a CPU."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [s.allow_tf32 for s in switches]
+    try:
+        for s in switches:
+            s.allow_tf32 = allowed
+        yield
+    finally:
+        for s, value in zip(switches, before):
+            s.allow_tf32 = value
+
+
+def deterministic():
+    """The same bytes in every run on one GPU, as far as PyTorch has deterministic kernels (it warns where not).
+
+    The gradient of the bilinear upsampling is a sum of atomic additions in any order otherwise, and the last bit of a
+    gradient decides, some iterations later, whether a pixel on the boundary has flipped.
+    cudnn.benchmark stays off: it picks kernels by timing, and so others in another run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # what deterministic cuBLAS needs
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False          # a help in debugging that costs time
 
 
 def fold_batch_norm(f):
@@ -71,59 +183,16 @@ def fold_batch_norm(f):
     return f.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def mgu(f, jobs, batch_size, step="sign", eta=1.0, double_every=0, max_steps=80, device="cpu"):
-    """Algorithm 1 for many images at once; yields (key, X' in grey levels (3, H, W), P_ỹ of the first iteration,
-    history of |P_ỹ|) as they end. X' is that of the smallest |P_ỹ|: the last one, unless the cap ended it.
-
-    f: frozen segmenter. jobs: iterable of (key, X uint8 (3, H, W), I_ỹ bool (H, W), ỹ). Each
-    image of the batch has its own P_ỹ, its own 1/|P_ỹ| and its own end; the next job takes the place of a finished
-    one. The batch keeps its shape to the end (empty places compute nothing that is used), so that a result does not
-    depend on its neighbours: bit-identical on a CPU for one batch size, else to float32 rounding.
-    """
-    jobs = iter(jobs)
-    job, running = next(jobs, None), [None] * batch_size      # running: [key, history, P_ỹ of the first iteration]
-    while job or any(running):
-        if not any(running):   # the start, or another size of image
-            X = torch.zeros(batch_size, *job[1].shape, device=device).contiguous(memory_format=torch.channels_last)
-            I = torch.zeros(batch_size, *job[1].shape[1:], dtype=torch.bool, device=device)
-            y = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            X_best, fewest = X.clone(), torch.zeros_like(y)
-        for b in range(batch_size):
-            if running[b] is None and job and job[1].shape == X.shape[1:]:
-                key, X[b], I[b], y[b] = job                                     # lines 1 and 2; X in grey levels
-                running[b], job, fewest[b] = [key, [], None], next(jobs, None), I[b].numel() + 1
-        X.requires_grad_(True)
-        logits = f(X / 255)
-        P = I & (logits.argmax(1) == y.view(-1, 1, 1))                          # line 5 (line 3 only opens the loop): (B, H, W)
-        L = common.loss_mgu(common.log_softmax(logits), P, y)                   # Eq. 3: (B,)
-        gradient, = torch.autograd.grad(L.sum(), X)     # L_b depends on X'_b alone: the sum keeps the images apart
-        X = X.detach()
-        size = P.sum((1, 2))
-        X_best = torch.where((size < fewest).view(-1, 1, 1, 1), X, X_best)
-        fewest = torch.minimum(size, fewest)
-        sizes = size.tolist()                                                   # the one wait of an iteration
-        for b in range(batch_size):
-            if running[b] is None:
-                continue
-            key, history, first = running[b]
-            history.append(sizes[b])
-            running[b][2] = first = P[b].clone() if first is None else first
-            if sizes[b] == 0 or len(history) > max_steps:                       # line 4; DEVIATION 3: or the cap
-                yield key, X_best[b].cpu(), first.cpu(), history
-                running[b], I[b] = None, False
-        done = torch.tensor([len(r[1]) - 1 if r else 0 for r in running])       # iterations before this one
-        eta_t = (eta * 2.0 ** (done // double_every if double_every else 0 * done)).view(-1, 1, 1, 1).to(device)
-        # line 7; DEVIATION 1: sign and doubling; the paper's plain step is for images in [0, 1]: ∇_[0,1] = 255 ∇_grey, and a unit is 255 grey levels
-        X_next = X - eta_t * gradient.sign() if step == "sign" else X - eta_t * 255**2 * gradient
-        X = torch.where((P & I)[:, None], X_next.clamp(0, 255), X)              # lines 6 to 8: P_ỹ alone moves; DEVIATION 2: clamp
-
+# ──────────────────────────────────────────────── the set ────────────────────────────────────────────────
 
 def choose(scenes, per_class, seed):
     """[(class, image index)]: for each class `per_class` images with at least MIN_PIXELS pixels of it, by seed.
 
-    Independent of the file system's order; a larger per_class keeps the images of a smaller one."""
+    Sec. IV-A: an auxiliary image has one adversarial class, and every class gets as many images. The choice does not
+    depend on the file system's order, and a larger per_class keeps the images of a smaller one.
+    ASSUMPTION: at random among the images that hold the class; one image may serve several classes."""
     labels = [label for _, label in scenes.pairs]
-    counts = common.id_histograms(labels)
+    counts = common.id_histograms(labels)                                # (images, 256)
     common.check_ids(scenes.data, scenes.lut, counts, labels)
     jobs = []
     for c, name in enumerate(scenes.classes):
@@ -136,7 +205,19 @@ def choose(scenes, per_class, seed):
 
 
 def sample_name(scenes, y, i):
+    """File name of the sample of class y from training image i: "09_car-000017.npz"."""
     return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y])}-{i:06d}.npz"
+
+
+def ahead(pool, make, items, count=4):
+    """make(item) for each item, in their order; the pool's threads work up to `count` items ahead of the reader."""
+    futures = collections.deque()
+    for item in items:
+        futures.append(pool.submit(make, item))
+        if len(futures) > count:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 @torch.inference_mode()
@@ -146,166 +227,233 @@ def predict(f, image, device):
     return classes[0].to(torch.uint8).cpu().numpy(), top[0].cpu().numpy()
 
 
-def generate(f, scenes, jobs, out, args, device):
+def generate(f, scenes, jobs, out, args, device, tf32=False):
     """Run Algorithm 1 for `jobs` [(class, image index)] and write one .npz each.
 
-    ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X'. The other
-    pixels of I_ỹ stay in D_k with the label ỹ, the few that moved without flipping among them."""
-    def inputs():
-        for y, i in jobs:
-            item = scenes[i]
-            yield (y, i, item["label"]), item["image"], item["label"] == y, y
-    ended = mgu(fold_batch_norm(f), inputs(), args.batch_size, args.step, args.step_size, args.double_every,
-                args.max_steps, device)
-    for (y, i, label), image, first, history in common.progress(ended, "MGU", total=len(jobs), unit="image"):
-        image = image.round().to(torch.uint8)   # changes nothing after sign steps
-        common.save_npz(out / sample_name(scenes, y, i), dict(
-            format=common.FORMAT, image=image.permute(1, 2, 0).numpy(), label=label.numpy(),
-            unknown=first.numpy() & (predict(f, image, device)[0] != y), y=y, correct=int(first.sum()),
-            source=os.path.relpath(scenes.name(i), scenes.root), history=np.array(history, np.int32)))
+    ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X'.
+    The other pixels of I_ỹ stay in D_k with the label ỹ: those that moved without flipping, and those that f got wrong
+    on X and that joined P_ỹ later and crossed (fewer than 1 in 100).
+    ASSUMPTION: an image of which f gets no pixel of I_ỹ right is stored all the same: X' = X, with an empty D_s."""
+    f_folded = fold_batch_norm(f)
+
+    def job(chosen):                                                     # what mgu() takes; the label goes along
+        y, i = chosen
+        item = scenes[i]
+        return (y, i, item["label"]), item["image"], item["label"] == y, y
+
+    # Reading takes as long as a few iterations on a GPU, and so does compressing: both run beside them
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(4) as writers:
+        ended = mgu(f_folded, ahead(reader, job, jobs), args.batch_size, args.step, args.step_size,
+                    args.double_every, args.max_steps, device, tf32)
+
+        def samples():                                                   # (path, arrays), as images end
+            for (y, i, label), X_aux, first, history in ended:
+                image = X_aux.round().to(torch.uint8)                    # changes nothing after sign steps
+                flipped = predict(f, image, device)[0] != y
+                yield out / sample_name(scenes, y, i), dict(
+                    format=common.FORMAT, image=image.permute(1, 2, 0).numpy(), label=label.numpy(),
+                    unknown=first.numpy() & flipped, y=y, correct=int(first.sum()),
+                    source=Path(os.path.relpath(scenes.name(i), scenes.root)).as_posix(),
+                    history=np.array(history, np.int32))
+        written = ahead(writers, lambda sample: common.save_npz(*sample), samples())
+        for _ in common.progress(written, "MGU", total=len(jobs), unit="image"):
+            pass
 
 
 def measure(f, scenes, jobs, out, device):
-    """Read the stored samples back, put them through f, and return a row of figures for each job."""
+    """Read the stored samples back, put them through f, and return a row of figures for each job.
+
+    Counts and sums, not means: class_figures() adds them up over the pixels of a class, whichever rank read them."""
+    def read(job):
+        path = out / sample_name(scenes, *job)
+        return path, common.load_sample(path), scenes.decode(job[1])[0]
+
     rows = []
-    for y, i in common.progress(jobs, "verifying what is stored", unit="image"):
-        path = out / sample_name(scenes, y, i)
-        sample = common.load_sample(path)
-        image, D_s = sample["image"], sample["unknown"]
-        classes, top = predict(f, torch.as_tensor(image).permute(2, 0, 1), device)
-        moved = (image.astype(np.int16) - scenes.decode(i)[0])[sample["label"] == y]   # (|I_ỹ|, 3) grey levels
-        rows.append(dict(
-            name=path.name, y=y, iterations=len(sample["history"]) - 1, correct=int(sample["correct"]),
-            flipped=int((D_s & (classes != y)).sum()), unflipped=int(sample["history"].min()),
-            confidence=float(top[D_s].astype(np.float64).sum()), unknown=int(D_s.sum()),
-            linf=int(np.abs(moved).max(initial=0)), squares=int((moved.astype(np.int64)**2).sum()), values=moved.size,
-            bytes=path.stat().st_size))
+    with ThreadPoolExecutor(4) as readers:
+        for path, sample, X in common.progress(ahead(readers, read, jobs), "verifying what is stored", total=len(jobs),
+                                               unit="image"):
+            image, D_s, y = sample["image"], sample["unknown"], int(sample["y"])
+            classes, top = predict(f, torch.as_tensor(image).permute(2, 0, 1), device)
+            moved = (image.astype(np.int16) - X)[sample["label"] == y]   # X' − X on I_ỹ: (|I_ỹ|, 3) grey levels
+            rows.append(dict(
+                name=path.name, y=y, iterations=len(sample["history"]) - 1, correct=int(sample["correct"]),
+                flipped=int((D_s & (classes != y)).sum()), unflipped=int(sample["history"].min()),
+                confidence=float(top[D_s].astype(np.float64).sum()), unknown=int(D_s.sum()),
+                linf=int(np.abs(moved).max(initial=0)), squares=int((moved.astype(np.int64)**2).sum()),
+                values=moved.size, bytes=path.stat().st_size))
     return rows
 
 
 def class_figures(rows):
-    """The manifest's figures over some samples: what the files hold, not what the optimiser believed."""
-    total = {k: sum(r[k] for r in rows) for k in ("correct", "flipped", "unflipped", "confidence", "unknown", "squares", "values")}
+    """The manifest's figures over some samples: what the files hold, not what the optimiser believed.
+
+    flip_rate: of the pixels of I_ỹ that f gets right on X, the percentage that it gets wrong on the stored X'.
+    mean_max_softmax: over D_s; near 1/2 means near the boundary (Sec. III-B), near 1 that η is too large.
+    unflipped_pixels: sum of the smallest |P_ỹ|, 0 where the cap ended no image. linf, rms: of X' − X over I_ỹ and the
+    three channels, grey levels; iterations: of line 4."""
+    summed = ("correct", "flipped", "unflipped", "confidence", "unknown", "squares", "values", "bytes")
+    total = {k: sum(r[k] for r in rows) for k in summed}
+    iterations = [r["iterations"] for r in rows]
     return dict(
-        images=len(rows), iterations_median=float(np.median([r["iterations"] for r in rows])),
-        iterations_max=max(r["iterations"] for r in rows), correct_pixels=total["correct"],
-        flip_rate=round(100 * total["flipped"] / max(total["correct"], 1), 3), unflipped_pixels=total["unflipped"],
+        images=len(rows), iterations_median=float(np.median(iterations)), iterations_max=max(iterations),
+        correct_pixels=total["correct"], flip_rate=round(100 * total["flipped"] / max(total["correct"], 1), 3),
+        unflipped_pixels=total["unflipped"],
         mean_max_softmax=round(total["confidence"] / max(total["unknown"], 1), 4),
         linf=max(r["linf"] for r in rows), rms=round((total["squares"] / max(total["values"], 1))**0.5, 3),
-        kilobytes=round(sum(r["bytes"] for r in rows) / len(rows) / 1000, 1))
+        kilobytes=round(total["bytes"] / len(rows) / 1000, 1))
 
+
+# ──────────────────────────────────────────────── figures ────────────────────────────────────────────────
 
 def sheets(f, scenes, jobs, out, device, per_class=3):
     """PNG figures: for each class X, X' with D_s outlined, X' − X amplified, the predictions on both; and |P_ỹ|."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    folder = out / "sheets"
     cmap = plt.get_cmap("tab20", len(scenes.classes))
-    by_class = {}
+    by_class, histories = {}, {}
     for y, i in jobs:
         by_class.setdefault(y, []).append(i)
-    curves, ax = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
     for y, images in common.progress(by_class.items(), "sheets"):
-        name = scenes.classes[y]
-        fig, axes = plt.subplots(min(per_class, len(images)), 5, figsize=(13, 1.7 * min(per_class, len(images)) + 0.3),
-                                 squeeze=False, constrained_layout=True)
-        for row, i in zip(axes, images):
-            X = scenes.decode(i)[0]
-            sample = common.load_sample(out / sample_name(scenes, y, i))
-            X_aux = sample["image"]
-            before, after = (predict(f, torch.as_tensor(v).permute(2, 0, 1), device)[0] for v in (X, X_aux))
-            moved = X_aux.astype(float) - X
-            gain = max(1, round(100 / max(np.percentile(np.abs(moved[sample["unknown"]]), 95), 1))) if sample["unknown"].any() else 1
-            row[0].imshow(X)
-            row[1].imshow(X_aux)
-            row[1].contour(sample["unknown"], [0.5], colors="cyan", linewidths=0.6)
-            row[2].imshow((128 + gain * moved).clip(0, 255).astype(np.uint8))
-            row[3].imshow(before, cmap=cmap, vmin=-0.5, vmax=len(scenes.classes) - 0.5, interpolation="nearest")
-            row[4].imshow(after, cmap=cmap, vmin=-0.5, vmax=len(scenes.classes) - 0.5, interpolation="nearest")
-            for cell, title in zip(row, ("X", "X', D_s outlined", f"(X' − X) × {gain}", "prediction on X",
-                                         f"prediction on X' ({len(sample['history']) - 1} iterations)")):
-                cell.set_title(title, fontsize=8)
-                cell.axis("off")
-        fig.suptitle(f"adversarial class ỹ = {name}", fontsize=10)
-        with common.replacing(folder / f"{sample_name(scenes, y, 0)[:-11]}.png") as temporary:
+        samples = [common.load_sample(out / sample_name(scenes, y, i)) for i in images[:per_class]]
+        fig, axes = plt.subplots(len(samples), 5, figsize=(13, 1.7 * len(samples) + 0.3), squeeze=False,
+                                 constrained_layout=True)
+        for row, i, sample in zip(axes, images, samples):
+            sheet_row(row, f, scenes.decode(i)[0], sample, cmap, device)
+        fig.suptitle(f"adversarial class ỹ = {scenes.classes[y]}", fontsize=10)
+        with common.replacing(out / "sheets" / f"{sample_name(scenes, y, 0)[:-11]}.png") as temporary:
             fig.savefig(temporary, dpi=110, format="png")
         plt.close(fig)
-        for i in images:
-            history = common.load_sample(out / sample_name(scenes, y, i))["history"]
-            ax.plot(history / max(history[0], 1), color=cmap(y), lw=0.6, alpha=0.6, label=name if i == images[0] else None)
+        histories[y] = [common.load_sample(out / sample_name(scenes, y, i))["history"] for i in images]
+
+    fig, ax = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
+    for y, curves in histories.items():
+        for k, history in enumerate(curves):
+            ax.plot(history / max(history[0], 1), color=cmap(y), lw=0.6, alpha=0.6,
+                    label=None if k else scenes.classes[y])
     ax.set(xlabel="iteration", ylabel="|P_ỹ| / initial |P_ỹ|", xscale="symlog", ylim=(0, None))
     ax.legend(fontsize=6, ncols=2)
-    with common.replacing(folder / "iterations.png") as temporary:
-        curves.savefig(temporary, dpi=110, format="png")
-    plt.close(curves)
+    with common.replacing(out / "sheets/iterations.png") as temporary:
+        fig.savefig(temporary, dpi=110, format="png")
+    plt.close(fig)
 
+
+def sheet_row(row, f, X, sample, cmap, device):
+    """Draw one sample into the five axes of `row`; X uint8 (H, W, 3).
+
+    X' − X is amplified until its 95th percentile on D_s spans 100 grey levels, around a mid grey."""
+    X_aux, D_s = sample["image"], sample["unknown"]
+    before, after = (predict(f, torch.as_tensor(v).permute(2, 0, 1), device)[0] for v in (X, X_aux))
+    moved = X_aux.astype(float) - X
+    typical = np.percentile(np.abs(moved[D_s]), 95) if D_s.any() else 100
+    gain = max(1, round(100 / max(typical, 1)))
+    row[0].imshow(X)
+    row[1].imshow(X_aux)
+    row[1].contour(D_s, [0.5], colors="cyan", linewidths=0.6)
+    row[2].imshow((128 + gain * moved).clip(0, 255).astype(np.uint8))
+    for cell, classes in zip(row[3:], (before, after)):
+        cell.imshow(classes, cmap=cmap, vmin=-0.5, vmax=cmap.N - 0.5, interpolation="nearest")
+    titles = ("X", "X', D_s outlined", f"(X' − X) × {gain}", "prediction on X",
+              f"prediction on X' ({len(sample['history']) - 1} iterations)")
+    for cell, title in zip(row, titles):
+        cell.set_title(title, fontsize=8)
+        cell.axis("off")
+
+
+# ───────────────────────────────────────────────── main ─────────────────────────────────────────────────
 
 def main():
     args = parse()
     device = common.setup(args.device)
-    torch.backends.cudnn.deterministic = True    # the same bytes in every run, as far as cuDNN goes
+    tf32 = device.type == "cuda" and args.precision != "float32"
+    if device.type == "cuda":
+        deterministic()
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, "mgu", checkpoint["data"], f.arch))
+    # sign steps stay on the 8-bit grid, so that rounding for the file undoes none of them
     if args.step == "sign" and args.step_size % 1:
         raise common.InputError(f"--step-size {args.step_size}: sign steps are whole grey levels, expected 1, 2, …")
     with common.first_rank_first():
-        root = args.root or common.default_root(checkpoint["data"], checkpoint["root"])
+        root = common.data_root(args.root, checkpoint)
         scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
         jobs = choose(scenes, args.per_class, args.seed)
     if not jobs:
-        raise common.InputError(f"{root}: no training image has {MIN_PIXELS} pixels of any class; expected larger images or more labels")
+        raise common.InputError(f"{root}: no training image has {MIN_PIXELS} pixels of any class; "
+                                "expected larger images or more labels")
     args.batch_size = min(args.batch_size, len(jobs))
     f = f.to(device).requires_grad_(False)
     common.say(common.about_run(device, f))
 
+    # What decides the bytes of the set, and so what a continued run must share with the first; not the batch size,
+    # the device or the number of processes, which change them by rounding alone
     out = Path(args.out)
-    settings = dict(ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(), per_class=args.per_class, step=args.step,
-                    step_size=args.step_size, double_every=args.double_every, max_steps=args.max_steps, seed=args.seed, min_pixels=MIN_PIXELS)
-    with common.first_rank_first():
+    settings = dict(
+        ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(),
+        per_class=args.per_class, step=args.step, step_size=args.step_size, double_every=args.double_every,
+        max_steps=args.max_steps, precision="tf32" if tf32 else "float32", seed=args.seed, min_pixels=MIN_PIXELS)
+    with common.locked(out / "manifest.json"):
+        with common.first_rank_first():
+            if common.rank() == 0:
+                prepare(out, settings, args.restart)
+        # A sample has its name once it is whole: what is there need not be made again
+        missing = [job for job in jobs if not (out / sample_name(scenes, *job)).exists()]
+        common.barrier()                                                 # every rank has looked before any writes
+        if len(missing) < len(jobs):
+            common.say(f"{out}: {len(jobs) - len(missing)} of {len(jobs)} samples are there; making the rest")
+
+        started = time.time()
+        generate(f, scenes, missing[common.rank()::common.world()], out, args, device, tf32)
+        common.barrier()
+        made = time.time() - started
+        parts = common.gather(measure(f, scenes, jobs[common.rank()::common.world()], out, device))
         if common.rank() == 0:
-            prepare(out, settings, args.restart)
-    names = [sample_name(scenes, y, i) for y, i in jobs]
-    missing = [job for job, name in zip(jobs, names) if not (out / name).exists()]
-    common.barrier()   # every rank has looked before any writes
-    if len(missing) < len(jobs):
-        common.say(f"{out}: {len(jobs) - len(missing)} of {len(jobs)} samples are there; making the rest")
-    started = time.time()
-    generate(f, scenes, missing[common.rank()::common.world()], out, args, device)
-    common.barrier()
-    made = time.time() - started
-    rows = [row for part in common.gather(measure(f, scenes, jobs[common.rank()::common.world()], out, device)) for row in part]
-    if common.rank():
-        return
-    rows.sort(key=lambda r: names.index(r["name"]))
-    table = {scenes.classes[y]: class_figures([r for r in rows if r["y"] == y]) for y in sorted({r["y"] for r in rows})}
-    table["all"] = class_figures(rows)
-    common.save_json(out / "manifest.json", dict(format=common.FORMAT, settings=settings, classes=list(scenes.classes),
-                                                 data=checkpoint["data"], anomaly=checkpoint["anomaly"], figures=table, samples=names))
-    report(table)
-    sheets(f, scenes, jobs, out, device)
-    common.say(f"wrote {out}: {len(names)} samples ({made:.0f} s, {len(missing) / max(made, 1e-9):.2f} images/s), "
-               f"manifest.json, sheets/")
+            complete(out, settings, checkpoint, scenes, jobs, [row for part in parts for row in part])
+            sheets(f, scenes, jobs, out, device)
+            common.say(f"wrote {out}: {len(jobs)} samples ({made:.0f} s, "
+                       f"{len(missing) / max(made, 1e-9):.2f} images/s), manifest.json, sheets/")
 
 
 def prepare(out, settings, restart):
     """Make the folder of the set, or check that the one that is there was made with these settings."""
     manifest = out / "manifest.json"
     if restart:
-        for path in [*out.glob("[0-9][0-9]_*.npz"), *out.glob("sheets/*.png"), manifest]:
+        for path in [*out.glob("[0-9][0-9]*_*.npz"), *out.glob("sheets/*.png"), manifest]:
             path.unlink(missing_ok=True)
-    for path in out.glob(".*.tmp*"):   # left by a run that was killed
+    for path in out.glob(".*.tmp*"):                                     # left by a run that was killed
         path.unlink()
-    if manifest.exists():
-        before = common.load_json(manifest).get("settings", {})
+    if manifest.exists():                                                # continue, with the same settings alone
+        before = manifest_settings(manifest)
         for name, value in settings.items():
             if before.get(name) != value:
-                raise common.InputError(f"{manifest}: this set was made with {name.replace('_', '-')} {before.get(name)}, "
-                                        f"this run has {value}; pass --restart to replace it, or another --out")
+                raise common.InputError(
+                    f"{manifest}: this set was made with {name.replace('_', '-')} {before.get(name)}, "
+                    f"this run has {value}; pass --restart to replace it, or another --out")
     elif any(out.glob("*.npz")):
-        raise common.InputError(f"{out}: holds samples but no manifest.json; expected an empty folder: pass --restart or another --out")
+        raise common.InputError(f"{out}: holds samples but no manifest.json; expected an empty folder: "
+                                "pass --restart or another --out")
     else:
         common.save_json(manifest, dict(format=common.FORMAT, settings=settings))
+
+
+def manifest_settings(path):
+    """The settings in a manifest; InputError where it holds none."""
+    manifest = common.load_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
+        raise common.InputError(f"{path}: holds no settings; expected a file of mgu_generate.py: "
+                                "pass --restart or another --out")
+    return manifest["settings"]
+
+
+def complete(out, settings, checkpoint, scenes, jobs, rows):
+    """Write the whole manifest, without which a set counts as unfinished, and print its figures. rows: of measure()."""
+    names = [sample_name(scenes, y, i) for y, i in jobs]
+    rows.sort(key=lambda r: names.index(r["name"]))
+    table = {scenes.classes[y]: class_figures([r for r in rows if r["y"] == y]) for y in sorted({r["y"] for r in rows})}
+    table["all"] = class_figures(rows)
+    common.save_json(out / "manifest.json", dict(
+        format=common.FORMAT, settings=settings, classes=list(scenes.classes), data=checkpoint["data"],
+        anomaly=checkpoint["anomaly"], figures=table, samples=names))
+    report(table)
 
 
 def report(table):
@@ -313,11 +461,12 @@ def report(table):
     print(f"\n{'class':14} images  iterations  flipped after  pixels not   mean max   L∞    RMS    kB\n"
           f"{'':14}         median  max  8-bit storage  flipped    softmax   grey levels  a file")
     for name, v in table.items():
-        print(f"{name:14} {v['images']:6} {v['iterations_median']:8.0f} {v['iterations_max']:4} {v['flip_rate']:12.2f} % "
-              f"{v['unflipped_pixels']:10} {v['mean_max_softmax']:10.3f} {v['linf']:5} {v['rms']:6.2f} {v['kilobytes']:6.0f}")
+        print(f"{name:14} {v['images']:6} {v['iterations_median']:8.0f} {v['iterations_max']:4} "
+              f"{v['flip_rate']:12.2f} % {v['unflipped_pixels']:10} {v['mean_max_softmax']:10.3f} {v['linf']:5} "
+              f"{v['rms']:6.2f} {v['kilobytes']:6.0f}")
     poor = [n for n, v in table.items() if v["flip_rate"] < 99]
     if poor:
-        print(f"below 99 % flipped: {', '.join(poor)}; raise --max-steps, or lower --step-size with --step plain")
+        print(f"below 99 % flipped: {', '.join(poor)}; raise --max-steps, or lower --step-size")
 
 
 if __name__ == "__main__":

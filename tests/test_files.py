@@ -352,7 +352,7 @@ def test_resolve_takes_flag_then_recipe_then_paper():
     args.lr = 3e-4
     told = common.resolve(args, "finetune", "camvid", "pspnet")
     assert told.endswith(" · seed 3")
-    assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss, args.mix_clean) == (3e-4, 8, 30, 0.3, "kl", False)
+    assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss, args.mix) == (3e-4, 8, 30, 0.3, "kl", "none")
     for part in ("lr 0.0003 (flag)", "batch-size 8 (recipe)", "epochs 30 (paper)", "alpha 0.3 (recipe)", "bn frozen (recipe)", "unknown flipped (ours)"):
         assert part in told
 
@@ -361,7 +361,7 @@ def test_resolve_takes_flag_then_recipe_then_paper():
 def test_the_papers_datasets_have_the_papers_settings(data):
     """Sec. IV-A: Adam with 1e-4, 1000 epochs, batches of 256; 300 images a class; 10 and 30 epochs, α = 0.05, L_ER."""
     expected = dict(pretrain=dict(epochs=1000, batch_size=256, lr=1e-4), mgu=dict(per_class=300),
-                    finetune=dict(epochs=10, batch_size=256, lr=1e-4, alpha=0.05, loss="er", mix_clean=False))
+                    finetune=dict(epochs=10, batch_size=256, lr=1e-4, alpha=0.05, loss="er", mix="none"))
     for stage, values in expected.items():
         for arch, epochs in (("deeplabv3", 10), ("pspnet", 30)):
             args = SimpleNamespace(**dict.fromkeys({**common.PAPER[stage], **common.OURS[stage]}), seed=0)

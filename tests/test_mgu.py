@@ -1,6 +1,7 @@
 """The batched MGU engine against Algorithm 1 written out for one image, in float64 with Python sets of pixels."""
 import argparse
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 import common
 import mgu_generate
-from mgu_generate import choose, fold_batch_norm, mgu
+from mgu_generate import ahead, choose, fold_batch_norm, mgu
+from runner import finish, run, start, wait_for
 
 N = 5
 SIZES = ((12, 16), (12, 16), (9, 11), (12, 16))   # of the images, in turn
@@ -19,8 +21,8 @@ SIZES = ((12, 16), (12, 16), (9, 11), (12, 16))   # of the images, in turn
 def literal(f, X, Z, y, step, eta, double_every, max_steps):
     """Algorithm 1, line by line, for an image X (3, H, W) in [0, 1]; returns X' and |P_ỹ| of every iteration.
 
-    Beyond the paper, as the README says: the sign step and its growing η, the clamp, the cap, after which the X' with the
-    fewest pixels in P_ỹ counts."""
+    Beyond the paper, as the README says: the sign step and its growing η, the clamp, the cap, after which the X' with
+    the fewest pixels in P_ỹ counts."""
     Omega = [(h, w) for h in range(X.shape[1]) for w in range(X.shape[2])]
     X_aux = X.clone()                                                              # 1
     I = {(h, w) for h, w in Omega if Z[h, w] == y}                                 # 2
@@ -40,7 +42,8 @@ def literal(f, X, Z, y, step, eta, double_every, max_steps):
         eta_t = eta * 2 ** ((len(history) - 1) // double_every) if double_every else eta
         for h, w in P:                                                             # 6
             for c in range(3):                                                     # 7
-                move = eta_t / 255 * np.sign(float(gradient[c, h, w])) if step == "sign" else eta_t * float(gradient[c, h, w])
+                g = float(gradient[c, h, w])
+                move = eta_t / 255 * np.sign(g) if step == "sign" else eta_t * g
                 X_next[c, h, w] = min(max(float(X_next[c, h, w]) - move, 0), 1)
         X_aux = X_next                                                             # 8, 9
     return tried[history.index(min(history))], history
@@ -53,11 +56,13 @@ def network(seed):
                       nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, N, 1)).double().eval()
     for m in f:
         if isinstance(m, nn.Conv2d):
-            m.weight.data = torch.randn(m.weight.shape, generator=g, dtype=torch.float64) * (2 / m.weight[0].numel())**0.5
+            scale = (2 / m.weight[0].numel())**0.5
+            m.weight.data = torch.randn(m.weight.shape, generator=g, dtype=torch.float64) * scale
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         if isinstance(m, nn.BatchNorm2d):
-            for t, low, high in ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 1.5), (m.weight.data, 0.7, 1.5), (m.bias.data, -0.2, 0.4)):
+            for t, low, high in ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 1.5), (m.weight.data, 0.7, 1.5),
+                                 (m.bias.data, -0.2, 0.4)):
                 t.copy_(torch.rand(8, generator=g) * (high - low) + low)
     with torch.no_grad():
         z = f(torch.rand(4, 3, 12, 16, generator=g, dtype=torch.float64))
@@ -67,7 +72,8 @@ def network(seed):
 
 
 def make_jobs(f, count, seed):
-    """[(key, X uint8, Z, ỹ)] of several sizes: mostly classes that f predicts; saturated pixels; one that f never gets right."""
+    """[(key, X uint8, Z, ỹ)] of several sizes: mostly classes that f predicts; saturated pixels; one that f never gets
+    right."""
     rng, jobs = np.random.default_rng(seed), []
     for k in range(count):
         H, W = SIZES[k % len(SIZES)]
@@ -110,7 +116,8 @@ def case(request):
     expected = {k: literal(f, torch.from_numpy(X).double() / 255, Z, y, *settings) for k, X, Z, y in jobs}
     lengths = sorted(len(history) - 1 for _, history in expected.values())
     assert lengths[0] == 0 and len(set(lengths)) >= 5, "the test needs different ending times"
-    assert sum(history[-1] > 0 for _, history in expected.values()) in range(1, 9), "and images that hit the cap, but not all"
+    at_the_cap = sum(history[-1] > 0 for _, history in expected.values())
+    assert at_the_cap in range(1, 9), "and images that hit the cap, but not all"
     return f, jobs, settings, expected
 
 
@@ -130,8 +137,8 @@ def test_engine_is_algorithm_1(case, batch_size, float64):
 
 @pytest.mark.parametrize("batch_size", (1, 3, 8))
 def test_engine_in_float32(case, batch_size):
-    """float32, as the script runs it. Rounding may let a pixel on the boundary flip an iteration earlier or later, and a
-    sign turn over where the gradient is nearly 0: 9 in 10 histories are the same, and those X' to 0.01 grey levels."""
+    """float32, as the script runs it. Rounding may let a pixel on the boundary flip an iteration earlier or later, and
+    a sign turn over where the gradient is nearly 0: 9 in 10 histories are the same, those X' to 0.01 grey levels."""
     f, jobs, settings, expected = case
     found = engine(copy.deepcopy(f).float(), jobs, batch_size, *settings)
     same = [k for k in found if found[k][2] == expected[k][1]]
@@ -225,7 +232,8 @@ def test_folding_batch_norm_changes_nothing(arch):
     assert expected.std() > 1e-3, "the test needs logits that are not all 0"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert len(norms) > 40 and not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert not folded.training and all(torch.equal(v, before[k]) for k, v in f.state_dict().items()), "f itself was changed"
+    assert not folded.training
+    assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items()), "f itself was changed"
 
 
 class Scenes:
@@ -247,7 +255,7 @@ class Scenes:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_stored_samples(step, tmp_path):
-    """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that; the figures are theirs."""
+    """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that; the figures fit."""
     f = network(3)
     jobs = make_jobs(f, 9, 0)   # the last one hits the cap
     name, eta, double, cap = STEPS[step]
@@ -261,15 +269,20 @@ def test_stored_samples(step, tmp_path):
     for k, X, Z, y in jobs:
         X_aux, history = literal(network(3), torch.from_numpy(X).double() / 255, Z, y, name, eta, double, cap)
         sample = common.load_sample(tmp_path / f"{y:02d}_class-{y}-{k:06d}.npz")
-        S, S_aux = (f(torch.from_numpy(np.array(v))[None] / 255)[0].softmax(0).numpy() for v in (X, sample["image"].transpose(2, 0, 1)))
+        X_stored = sample["image"].transpose(2, 0, 1)
+        S, S_aux = (f(torch.from_numpy(np.array(v))[None] / 255)[0].softmax(0).numpy() for v in (X, X_stored))
         right, wrong = (Z == y) & (S.argmax(0) == y), S_aux.argmax(0) != y
         assert np.array_equal(sample["unknown"], right & wrong) and np.array_equal(sample["label"], Z)
-        assert sample["y"] == y and sample["source"] == f"train/{k}.png" and sample["correct"] == right.sum() == sample["history"][0]
+        assert sample["y"] == y and sample["source"] == f"train/{k}.png"
+        assert sample["correct"] == right.sum() == sample["history"][0]
         if sample["history"].tolist() == history:   # not always, in float32
-            assert np.abs(sample["image"].transpose(2, 0, 1) - 255 * X_aux.numpy()).max() <= 0.51
+            assert np.abs(X_stored - 255 * X_aux.numpy()).max() <= 0.51
+        if step == "sign":
+            furthest = np.abs(X_stored.astype(int) - X).max()
+            assert furthest <= eta * (len(sample["history"]) - 1), "more than η grey levels a step"
         correct, flipped = correct + right.sum(), flipped + (right & wrong).sum()
         sure.append(S_aux.max(0)[right & wrong])
-        moved.append((sample["image"].transpose(2, 0, 1).astype(float) - X)[:, Z == y])
+        moved.append((X_stored.astype(float) - X)[:, Z == y])
     assert figures["images"] == 9 and figures["correct_pixels"] == correct and 20 < flipped < correct
     assert figures["flip_rate"] == pytest.approx(100 * flipped / correct, abs=1e-3)
     assert figures["mean_max_softmax"] == pytest.approx(np.concatenate(sure).mean(), abs=1e-4)
@@ -287,11 +300,13 @@ def test_choose(toy_root, capsys, monkeypatch, least):
     every = choose(scenes, 100, 0)
     told = capsys.readouterr().out
     for c, name in enumerate(scenes.classes):
-        enough = {i for i, (_, label) in enumerate(scenes.pairs) if (np.array(Image.open(label)) == png_ids[c]).sum() >= least}
+        pixels = [(np.array(Image.open(label)) == png_ids[c]).sum() for _, label in scenes.pairs]
+        enough = {i for i, count in enumerate(pixels) if count >= least}
         mine = [i for y, i in every if y == c]
         assert set(mine) == enough and len(mine) == len(enough)
         assert f"{name}: only {len(enough)} training images have {least} pixels of it (100 asked)" in told
-    assert least == 64 or len({len([i for y, i in every if y == c]) for c in range(12)}) > 2, "too few images were left out"
+    counts = {len([i for y, i in every if y == c]) for c in range(12)}
+    assert least == 64 or len(counts) > 2, "too few images were left out"
     for k in (1, 2, 3):   # more images of each class keep those of fewer
         jobs = choose(scenes, k, 0)
         for c in range(12):
@@ -303,3 +318,79 @@ def test_choose(toy_root, capsys, monkeypatch, least):
 def scenes_ids():
     """{PNG id: class} of the toy data, which has StreetHazards' ids."""
     return {1: 0, 2: 1, 3: 2, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9, 12: 10, 13: 11}
+
+
+# ─────────────────────────────────────────── around the algorithm ───────────────────────────────────────────
+
+def test_the_printed_step_is_the_default():
+    for arch in common.ARCHS:
+        for data in common.RECIPES:
+            names = {**common.PAPER["mgu"], **common.OURS["mgu"]}
+            args = argparse.Namespace(**dict.fromkeys(names), seed=0)
+            told = common.resolve(args, "mgu", data, arch)
+            assert args.step == "plain" and args.double_every == 0 and "step plain (paper)" in told
+
+
+def test_tf32_is_on_in_the_iterations_alone():
+    """Flips are decided by predict(), in float32: between two images the switches are as setup() left them."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    state = lambda: [s.allow_tf32 for s in switches]
+    seen, before = [], state()
+
+    class Spy(nn.Conv2d):
+        def forward(self, X):
+            seen.append(state())
+            if len(seen) == 5:
+                raise ZeroDivisionError
+            return super().forward(X)
+    X, I = torch.full((3, 4, 5), 200, dtype=torch.uint8), torch.ones(4, 5, dtype=torch.bool)
+    torch.manual_seed(0)
+    try:
+        for s in switches:
+            s.allow_tf32 = False
+        for tf32 in (True, False):
+            for _ in mgu(Spy(3, 2, 1), [(0, X, I, 0)], 1, max_steps=1, tf32=tf32):
+                assert state() == [False, False] and seen[-1] == [tf32, tf32]
+        seen[:] = seen[-1:] * 4
+        with pytest.raises(ZeroDivisionError):
+            list(mgu(Spy(3, 2, 1), [(0, X, I, 0)], 1, tf32=True))
+        assert seen[-1] == [True, True] and state() == [False, False]
+    finally:
+        for s, value in zip(switches, before):
+            s.allow_tf32 = value
+
+
+def test_ahead_keeps_the_order_and_its_distance():
+    begun = []
+
+    def make(i):
+        begun.append(i)
+        if i == 30:
+            raise common.InputError("30")
+        return i * i
+    with ThreadPoolExecutor(3) as pool:
+        squares, got = ahead(pool, make, range(40), 4), []
+        with pytest.raises(common.InputError, match="30"):
+            for value in squares:
+                got.append(value)
+                assert len(begun) <= len(got) + 5
+    assert got == [i * i for i in range(30)]
+
+
+def test_a_second_run_and_a_damaged_manifest(small, tmp_path):
+    """Two runs with the same --out at once: the second is refused, the first is not disturbed."""
+    command = ("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1)
+    slow = "import common, time\nsave = common.save_npz\n" \
+           "common.save_npz = lambda p, a: ('image' in a and (open('begun', 'w'), time.sleep(2)), save(p, a))"
+    (tmp_path / "second").mkdir()
+    first = start(*command, folder=tmp_path, before=slow)
+    assert wait_for((tmp_path / "begun").exists, first)
+    second = run(*command, "--out", tmp_path / "auxiliary", "--restart", folder=tmp_path / "second")
+    assert second.code == 1 and second.err.count("\n") == 1 and "another run" in second.err, second.err
+    assert finish(first, tmp_path).code == 0 and not list((tmp_path / "auxiliary").glob(".*"))
+    manifest = common.load_json(tmp_path / "auxiliary/manifest.json")
+    assert len(manifest["samples"]) == len(list((tmp_path / "auxiliary").glob("*.npz"))) >= 8
+    for content in ([], {}, dict(manifest, settings=3)):
+        common.save_json(tmp_path / "auxiliary/manifest.json", content)
+        done = run(*command, folder=tmp_path)
+        assert done.code == 1 and done.err.count("\n") == 1 and "manifest.json: holds no settings" in done.err, done.err

@@ -276,7 +276,7 @@ def test_full_disk(pretrained, small, tmp_path):
     assert (tmp_path / "pretrained.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
     one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1, folder=tmp_path, limit=5_000),
              ".npz", "File too large")
-    assert not list((tmp_path / "aux").glob("*.npz")) and not list((tmp_path / "aux").glob(".*"))
+    assert not list((tmp_path / "auxiliary").glob("*.npz")) and not list((tmp_path / "auxiliary").glob(".*"))
     run_ok(*command, folder=tmp_path)
     same(tmp_path / "pretrained.pt", pretrained)
 
@@ -329,12 +329,13 @@ def test_diverging_learning_rate(small, tmp_path):
 def aux(tmp_path_factory, small):
     folder = tmp_path_factory.mktemp("set")
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 4, folder=folder)
-    assert sum(np.load(p)["unknown"].sum() for p in (folder / "aux").glob("*.npz")) > 50
-    return folder / "aux"
+    assert sum(np.load(p)["unknown"].sum() for p in (folder / "auxiliary").glob("*.npz")) > 50
+    return folder / "auxiliary"
 
 
 def test_finetuning_killed_and_continued(small, aux, tmp_path):
-    command = ("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", aux, "--epochs", 2, "--batch-size", 4, "--mix-clean", "--loss", "kl")
+    command = ("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", aux, "--epochs", 2, "--batch-size", 4,
+               "--mix", "clean", "--loss", "kl")
     run_ok(*command, "--out", "whole.pt", folder=tmp_path)
     assert len(log(tmp_path / "whole.jsonl")) >= 8
     moments = [(1, signal.SIGKILL), (2, signal.SIGKILL), (1, signal.SIGTERM)]

@@ -1,0 +1,306 @@
+"""Where fine-tuning's images and D_s come from: X', the controls, known images beside them; sets that do not fit."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import finetune
+import pretrain
+from finetune import AuxiliarySet, add_with_rms
+from runner import REPO, run, run_ok
+
+H, W = 40, 56
+CONTROLS = ("noise", "sign")
+
+
+def write_set(folder, n=5, grey=(0, 256), spread=15.0, twins=False):
+    """A set of n samples and the images that they were made from: folder/images/i.png, folder/set. X in grey[0] to
+    grey[1] − 1; X' − X heavy-tailed as MGU's is, zero on one pixel in ten of I_ỹ; D_s two thirds of I_ỹ; the last
+    sample with an empty D_s. `twins`: all samples the same. Returns [(X, X', I_ỹ, D_s, Z)]."""
+    samples = []
+    (folder / "images").mkdir(parents=True)
+    for i in range(n):
+        rng = np.random.default_rng(7 if twins else i)
+        X = rng.integers(*grey, (H, W, 3), dtype=np.uint8)
+        Z = rng.integers(0, 4, (H, W), dtype=np.uint8)
+        Z[:, :3] = common.IGNORED
+        y = int(rng.integers(4))
+        I = Z == y
+        moved = rng.standard_t(3, (H, W, 3)) * spread * (rng.random((H, W, 1)) < 0.9)
+        X_aux = np.where(I[..., None], (X + moved).round().clip(0, 255), X).astype(np.uint8)
+        D_s = I & (rng.random((H, W)) < 0.67) & (i < n - 1 or twins)
+        Image.fromarray(X).save(folder / f"images/{i}.png")
+        common.save_npz(folder / f"set/{i}.npz", dict(
+            format=common.FORMAT, image=X_aux, label=Z, unknown=D_s, y=y, correct=int(D_s.sum()),
+            source=f"images/{i}.png", history=np.array([3, 0], np.int32)))
+        samples.append((X, X_aux, I, D_s, Z))
+    names = [f"{i}.npz" for i in range(n)]
+    common.save_json(folder / "set/manifest.json", dict(settings=dict(ckpt="x"), samples=names))
+    return samples
+
+
+def items(folder, unknown="flipped", images="aux", seed=3, epoch=0, order=None, **more):
+    """[(image (H, W, 3), D_s (H, W))] of every item of a set, by its index."""
+    data = AuxiliarySet(folder / "set", folder, seed, unknown, images, **more)
+    found = {i: data[epoch, i] for i in order or range(len(data))}
+    assert all(found[i]["index"] == i for i in found)
+    return [(found[i]["image"].permute(1, 2, 0).numpy(), found[i]["unknown"].numpy()) for i in range(len(data))]
+
+
+def rms(a, b, where):
+    return np.sqrt(np.mean((a.astype(float) - b)[where]**2))
+
+
+# ───────────────────────────────────────────────── the controls ─────────────────────────────────────────────────
+
+@pytest.mark.parametrize("unknown", ("flipped", "all"))
+def test_images_and_unknown(tmp_path, unknown):
+    """X' or X, and D_s or none, as the flags say."""
+    samples = write_set(tmp_path)
+    for images in ("aux", "clean", "still", *CONTROLS):
+        for (X, X_aux, I, D_s, _), (image, found) in zip(samples, items(tmp_path, unknown, images)):
+            chosen = I if unknown == "all" else D_s
+            assert np.array_equal(found, chosen if images != "clean" else np.zeros_like(I))
+            assert image.dtype == np.uint8 and found.dtype == bool
+            if images == "aux":
+                assert np.array_equal(image, X_aux)
+            elif images in ("clean", "still"):
+                assert np.array_equal(image, X)
+            else:
+                assert np.array_equal(image[~chosen], X[~chosen]), "a pixel outside D_s moved"
+                assert not chosen.any() or (image != X_aux)[chosen].any()
+
+
+@pytest.mark.parametrize("unknown", ("flipped", "all"))
+@pytest.mark.parametrize("images", CONTROLS)
+@pytest.mark.parametrize("grey, spread", (((0, 256), 15), ((0, 256), 60), ((225, 256), 25), ((0, 12), 40)))
+def test_controls_have_the_rms_of_the_perturbation(tmp_path, unknown, images, grey, spread):
+    """After clipping and rounding, over D_s, to 1 %; also of images that are nearly white or nearly black."""
+    samples = write_set(tmp_path, grey=grey, spread=spread)
+    clipped = 0
+    for (X, X_aux, I, D_s, _), (image, _) in zip(samples, items(tmp_path, unknown, images)):
+        where = I if unknown == "all" else D_s
+        if where.any():
+            assert rms(image, X, where) == pytest.approx(rms(X_aux, X, where), rel=0.01)
+            clipped += np.isin(image[where], (0, 255)).sum() - np.isin(X[where], (0, 255)).sum()
+    assert clipped > 20, "the test needs values at the limits"
+
+
+@pytest.mark.parametrize("unknown", ("flipped", "all"))
+def test_controls_without_clipping(tmp_path, unknown):
+    """Far from the limits nothing is scaled. noise: the same pixels of X' − X, in other places; sign: the same size of
+    every value, half of them turned over, each by itself."""
+    samples = write_set(tmp_path, grey=(120, 136), spread=4)
+    signs = []
+    for (X, X_aux, I, D_s, _), (noise, _), (sign, _) in zip(samples, items(tmp_path, unknown, "noise"),
+                                                            items(tmp_path, unknown, "sign")):
+        where = I if unknown == "all" else D_s
+        moved, noise, sign = (v[where].astype(int) - X[where] for v in (X_aux, noise, sign))
+        assert np.abs(moved).max(initial=0) < 100, "the test needs a perturbation that nothing clips"
+        assert sorted(map(tuple, noise)) == sorted(map(tuple, moved))
+        assert np.array_equal(np.abs(sign), np.abs(moved))
+        if where.any():
+            assert abs(np.corrcoef(noise.ravel(), moved.ravel())[0, 1]) < 0.15
+            signs.append(np.sign(sign * moved)[(moved != 0).all(1)])
+    signs = np.concatenate(signs)                                          # (pixels, 3), ±1
+    n = len(signs)
+    assert n > 500 and abs(signs.mean()) < 4 / (3 * n)**0.5
+    assert abs((signs == signs[:, :1]).all(1).mean() - 0.25) < 4 * (3 / 16 / n)**0.5, "the channels share a sign"
+
+
+def test_controls_are_functions_of_seed_and_index(tmp_path):
+    """The same bytes in any order and epoch; others for another seed, and for another sample of the same image."""
+    write_set(tmp_path, n=4, twins=True)
+    for images in CONTROLS:
+        found = [image for image, _ in items(tmp_path, images=images)]
+        again = [image for image, _ in items(tmp_path, images=images, epoch=5, order=[3, 0, 2, 1])]
+        other = [image for image, _ in items(tmp_path, images=images, seed=4)]
+        assert all(np.array_equal(a, b) for a, b in zip(found, again))
+        assert not any(np.array_equal(a, b) for a, b in zip(found, other))
+        assert len({image.tobytes() for image in found}) == 4
+
+
+def test_rms_where_saturation_decides():
+    """X = 255: the half of the values that a sign sends upwards is lost. With X' − X = −50 the other half goes down by
+    50 · √2; with −255 there is no more to have."""
+    x = np.full((1000, 3), 255.0)
+    signs = np.where(np.arange(3000).reshape(-1, 3) % 2, 1.0, -1.0)
+    for size, down in ((50, 71), (255, 255)):
+        result = add_with_rms(x, size * signs)
+        assert result.dtype == np.uint8
+        assert np.array_equal(result, np.where(signs > 0, 255, 255 - down))
+    assert np.array_equal(add_with_rms(x, np.zeros_like(x)), x)
+    assert add_with_rms(x[:0], x[:0]).shape == (0, 3)
+    assert (add_with_rms(x, np.full_like(x, 9)) == 255).all(), "everything is clipped: nothing moves"
+
+
+# ──────────────────────────────────────────────── known images ────────────────────────────────────────────────
+
+def test_mix_clean(tmp_path):
+    samples = write_set(tmp_path)
+    for images in ("aux", "still", "noise"):
+        alone, both = items(tmp_path, images=images), items(tmp_path, images=images, clean=True)
+        assert len(alone) == 5 and len(both) == 10
+        assert all(np.array_equal(a, b) for one, two in zip(alone, both) for a, b in zip(one, two))
+        for (X, *_), (image, D_s) in zip(samples, both[5:]):
+            assert np.array_equal(image, X) and not D_s.any()
+
+
+@pytest.mark.parametrize("n", (4, 8))
+def test_mix_train(tmp_path, toy_root, n):
+    """Item n + k of epoch e is image perm_e[k] of the training split, augmented by (seed, epoch, image); a split of
+    fewer images is gone through again, each time in another permutation, with other windows."""
+    write_set(tmp_path, n=n)
+    seed, scale = 3, (0.5, 2.0)
+    train = common.Scenes("toy", toy_root, "train", None, (H, W), scale, seed)
+    data = AuxiliarySet(tmp_path / "set", tmp_path, seed, "flipped", "aux", train=train)
+    assert len(train) == 6 and len(data) == 2 * n
+    whole = common.Scenes("toy", toy_root, "train")
+    seen = {}
+    for epoch in range(3):
+        for k in range(n):
+            turn = epoch * (1 if n <= 6 else 2) + k // 6               # how often the split was gone through before
+            number = int(np.random.default_rng([seed, turn]).permutation(6)[k % 6])
+            rng = np.random.default_rng([seed, turn, number])
+            image, label = common.augment(*whole.decode(number), (H, W), scale, rng)
+            item = data[epoch, n + k]
+            assert np.array_equal(item["image"].permute(1, 2, 0), image) and np.array_equal(item["label"], label)
+            assert not item["unknown"].any() and item["unknown"].shape == (H, W) and item["index"] == n + k
+            seen[epoch, k] = image.tobytes()
+    assert len(set(seen.values())) == 3 * n
+    for k in range(n):
+        assert torch.equal(data[0, k]["image"], data[1, k]["image"]), "an auxiliary image was augmented"
+
+
+# ─────────────────────────────────────────── sets that do not fit ───────────────────────────────────────────
+
+def change(path, **other):
+    with np.load(path) as file:
+        common.save_npz(path, {**file, **other})
+
+
+@pytest.mark.parametrize("manifest", (
+    [], 3, {}, dict(samples=["0.npz"]), dict(settings={}), dict(settings={}, samples=[]),
+    dict(settings={}, samples=["../set/0.npz"]), dict(settings={}, samples=[3]), dict(settings={}, samples="0.npz"),
+    dict(settings={}, samples=["/etc/hostname"]), dict(settings={}, samples=["0.npz", ""]),
+    dict(settings={}, samples=["0.npz", "gone.npz"]), dict(settings=[], samples=["0.npz"])))
+def test_manifests_that_are_refused(tmp_path, manifest):
+    write_set(tmp_path)
+    common.save_json(tmp_path / "set/manifest.json", manifest)
+    with pytest.raises(common.InputError) as e:
+        AuxiliarySet(tmp_path / "set", tmp_path, 0, "flipped", "aux")
+    assert str(tmp_path / "set") in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("source", ("../{}/images/0.png", "{}/images/0.png", "images/../images/0.png", "images/9.png",
+                                    "images", 3))
+def test_sources_that_are_refused(tmp_path, source):
+    write_set(tmp_path)
+    text = source if source == 3 else source.format(tmp_path if source[0] == "{" else tmp_path.name)
+    change(tmp_path / "set/0.npz", source=text)
+    for images in ("clean", "still", *CONTROLS):
+        with pytest.raises(common.InputError) as e:
+            items(tmp_path, images=images)
+        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_other_images_are_refused(tmp_path):
+    """One grey level in one value outside I_ỹ, or another size: wherever X is read. Inside I_ỹ X' may be anything."""
+    (X, _, I, *_), *_ = write_set(tmp_path)
+    (h, w), (h_I, w_I) = np.argwhere(~I)[-1], np.argwhere(I)[0]
+    for at, refused in (((h, w, 2), True), ((h_I, w_I, 0), False), (None, True)):
+        other = X.copy()
+        if at:
+            other[at] ^= 1
+        Image.fromarray(other if at else X[:-1]).save(tmp_path / "images/0.png")
+        for more in (dict(images="clean"), dict(images="still"), dict(images="noise"), dict(images="sign"),
+                     dict(clean=True)):
+            if refused:
+                with pytest.raises(common.InputError, match=r"images/0\.png: not the image .*0\.npz .*--root"):
+                    items(tmp_path, **more)
+            else:
+                items(tmp_path, **more)
+
+
+def one_line(done, *parts):
+    assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+    assert all(str(part) in done.err for part in parts), done.err
+
+
+@pytest.fixture(scope="module")
+def aux(tmp_path_factory, small):
+    folder = tmp_path_factory.mktemp("set")
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 4, folder=folder)
+    return folder / "auxiliary"
+
+
+def test_another_root(aux, small, tmp_path):
+    """Other images under the same names are noticed at the start, whatever is asked for; a folder that is not there
+    is named with the flag that mends it, and nothing is written."""
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, root="data/toy"), tmp_path / "moved.pt")
+    shutil.copytree(small / "toy", tmp_path / "other")
+    for path in (tmp_path / "other").rglob("train/images/**/*.png"):
+        Image.fromarray(255 - np.array(Image.open(path))).save(path)
+    tune = ("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", aux, "--epochs", 1, "--batch-size", 4)
+    for more in ((), ("--mix", "train"), ("--mix", "none", "--images", "noise")):
+        one_line(run(*tune, *more, "--root", "other", folder=tmp_path), "other/train/images", "--root")
+    (tmp_path / "empty").mkdir()
+    one_line(run(*tune, "--root", "empty", folder=tmp_path), "empty/train/images", "no such file", "--root")
+    for script in ("mgu_generate.py", "finetune.py"):
+        one_line(run(script, "--ckpt", "moved.pt", folder=tmp_path), "data/toy: no such folder", "--root")
+    assert not (tmp_path / "data").exists() and not (tmp_path / "auxiliary").exists() and not list(tmp_path.glob("ft*"))
+
+
+def test_flags_that_exclude_each_other(tmp_path):
+    for more in (("--images", "noise"), ("--mix", "train"), ("--unknown", "all")):
+        done = run("finetune.py", "--known-unknown", "car", *more, folder=tmp_path)
+        assert done.code == 2 and "--known-unknown" in done.err and "usage:" in done.err
+
+
+# ─────────────────────────────────────────────── a whole run ───────────────────────────────────────────────
+
+@pytest.mark.parametrize("images, unknown, mix", (("sign", "all", "train"), ("noise", "flipped", "clean"),
+                                                  ("still", "flipped", "none")))
+def test_the_flags_reach_the_loss(aux, small, tmp_path, images, unknown, mix):
+    """The first loss, with batch norm frozen and no dropout, against Eq. 5 in float64 over the batch that the flags
+    describe."""
+    run_ok("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", aux, "--epochs", 1, "--batch-size", 8, "--bn",
+           "frozen", "--alpha", 0.2, "--images", images, "--unknown", unknown, "--mix", mix, "--seed", 5, "--loss",
+           "kl", folder=tmp_path)
+    first = json.loads((tmp_path / "ft.jsonl").read_text().splitlines()[0])
+    f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
+    root = small / "toy"
+    size = np.array(Image.open(next(root.rglob("*.png")))).shape[:2]
+    train = common.Scenes("toy", root, "train", None, size, checkpoint["settings"]["scale"], 5)
+    data = AuxiliarySet(aux, root, 5, unknown, images, clean=mix == "clean", train=train if mix == "train" else None)
+    keys = next(pretrain.epoch_batches(len(data), 8, 5, 0, 0, 1))
+    batch = [data[key] for key in keys]
+    if mix != "none":
+        assert any(i >= len(data) // 2 for _, i in keys) and any(i < len(data) // 2 for _, i in keys)
+    with torch.no_grad():
+        z = f.double()(torch.stack([item["image"] for item in batch]).double() / 255)
+    log_S = z - z.exp().sum(1, keepdim=True).log()
+    Z, D_s = (torch.stack([item[k] for item in batch]) for k in ("label", "unknown"))
+    known = (Z < 12) & ~D_s
+    loss_k = -log_S.gather(1, Z.clamp(max=11).long()[:, None])[:, 0][known].mean()            # L_k
+    loss_s = -(log_S + np.log(12)).mean(1)[D_s].mean()                                          # Eq. 4
+    assert D_s.sum() > 50 and first["loss"] == pytest.approx(float(loss_k + 0.2 * loss_s), rel=2e-3)
+    settings = torch.load(tmp_path / "ft.pt", weights_only=True)["settings"]
+    assert [settings[k] for k in ("images", "unknown", "mix")] == [images, unknown, mix]
+    assert (settings["train"] is not None) == (mix == "train")
+
+
+def test_with_the_script_folder_off_the_path(tmp_path):
+    """python -P, and PYTHONSAFEPATH, leave the script's own folder out of sys.path."""
+    started = [subprocess.Popen([sys.executable, "-P", REPO / script, "--help"], cwd=tmp_path, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for script in ("finetune.py", "mgu_generate.py")]
+    for p in started:
+        out, err = p.communicate(timeout=120)
+        assert p.returncode == 0 and out.startswith("usage:") and not err
