@@ -239,7 +239,8 @@ def bench_mgu(args, device):
         ratios.append(t_slow / t_fast)
         iterations = sum(len(h) for _, h in slow.values())
         print(f"  run {turn}: literal {len(jobs) / t_slow:.2f} images/s ({iterations / t_slow:.1f} iterations/s) · "
-              f"engine at batch {args.batch_size} {len(jobs) / t_fast:.2f} images/s · ratio {ratios[-1]:.2f}", flush=True)
+              f"engine at batch {args.batch_size} {len(jobs) / t_fast:.2f} images/s · ratio {ratios[-1]:.2f}",
+              flush=True)
     same = [len(fast[k][1]) == len(slow[k][1]) for k in slow]
     apart = max(float((fast[k][0].float() - slow[k][0].cpu().round()).abs().mean()) for k in slow)
     X = jobs[0][1]
@@ -251,8 +252,8 @@ def bench_mgu(args, device):
         print(f"  peak memory on a CPU above the imports, {images} images at --batch-size {batch_size}: {peak:.0f} MiB",
               flush=True)
     print(f"  ratio engine : literal, median of {len(ratios)}: {statistics.median(ratios):.2f}×; {tflops:.3f} TFLOP/s"
-          f"{pretrain.share_of_peak(tflops, device)}\n  same number of iterations in {sum(same)} of {len(same)} images; "
-          f"largest mean difference of X' {apart:.4f} grey levels")
+          f"{pretrain.share_of_peak(tflops, device)}\n  same number of iterations in {sum(same)} of {len(same)} "
+          f"images; largest mean difference of X' {apart:.4f} grey levels")
 
 
 # ────────────────────────────────────────────────── training ──────────────────────────────────────────────────
@@ -381,6 +382,7 @@ def time_training(f, size, batch, seconds, device, plain=False, unknown=False, *
     data = RandomScenes(10**6, *size, unknown, batch, 3 if device.type == "cuda" else 1, seconds, device)
     with contextlib.suppress(Enough):
         plain_loop(f, data, device) if plain else our_loop(f, data, device, **more)
+    f.zero_grad()
     rate = data.steps * batch / data.seconds
     return dict(batch=batch, images_per_second=round(rate, 2), step_ms=round(1e3 * data.seconds / data.steps, 1),
                 **speed(3 * common_tflop(f, size) * rate, device),   # forward, gradients of inputs and of weights
@@ -979,7 +981,7 @@ def bench_memory(args):
             fits = {c: int((c - MARGIN - line["fixed"]) // line["image"]) for c in CARDS}
             rows.append(dict(arch=arch, stage=stage, size=list(size), precision=precision, **line, fits=fits))
             print(f"{arch:10} {stage:12} {size[0]}×{size[1]:<5} {precision:9} {line['fixed']:6.2f} "
-                  f"{line['image']:7.3f} {line['saved']:7.3f}   " + ", ".join(f"{n}" for n in fits.values()), flush=True)
+                  f"{line['image']:7.3f} {line['saved']:7.3f}   " + ", ".join(map(str, fits.values())), flush=True)
     size, batch = ((54, 96), 2) if args.small else ((360, 640), 2)
     arch = rows[0]["arch"]
     found = in_fresh_process(real_peak, arch, backbone, size, batch)
