@@ -380,8 +380,8 @@ def test_group_of_one(runs):
 def test_torchrun(works, small, tmp_path):
     """One process under torchrun, as a user starts it."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1,
-               REPO / "pretrain.py", "--root", small / "toy", "--epochs", 1, "--batch-size", 2, "--crop", 32, 48, "--workers", 1,
-               *(("--device", ON) if ON != "cuda" else ()))
+               REPO / "pretrain.py", "--root", small / "toy", "--epochs", 1, "--batch-size", 2, "--crop", 32, 48,
+               "--workers", 1, *(("--device", ON) if ON != "cuda" else ()))
     done = subprocess.run([str(c) for c in command], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env=dict(os.environ, **VISIBLE))
     assert done.returncode == 0, done.stderr

@@ -284,7 +284,7 @@ def ranks(folder, *args, before=""):
 
 
 def test_batch_norm_averages_are_the_mean_over_ranks(tmp_path):
-    """One step of two processes, four images each: 0.9 · r₀ + 0.1 · the statistics of a rank's images, and their mean."""
+    """One step of two processes, four images each: 0.9 · r₀ + 0.1 · a rank's statistics, and of these the mean."""
     state = ranks(tmp_path, "--bn", "train")["model"]
     data, norm = Images(8), Net().layers[1]
     shares = np.array_split(np.random.default_rng([0, 0]).permutation(8), 2)   # by epoch_batches' definition
