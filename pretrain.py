@@ -13,6 +13,7 @@ The training loop is here too: `train` minimises Eq. 5, for this stage with an e
 auxiliary set's. A run that was stopped or killed continues when the same command is given again.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -115,11 +116,10 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     Raises InputError for a non-finite loss or step, after which the last good checkpoint stands.
     """
     run = Run(f, data, args, device)
-    with common.locked(run.out):
+    with common.locked(run.out), contextlib.closing(batches(data, args, run, device)) as loader:
         if not resume(run, settings):
             return
         net = prepare(f, args, run, device)
-        loader = iter(batches(data, args, run, device))
         run.stop = catch_signals()
         if run.validation_due:                       # the run was stopped between the last step of an epoch and this
             end_epoch(run, validate, val_every)
@@ -257,12 +257,17 @@ def prepare(f, args, run, device):
 
 
 def batches(data, args, run, device):
-    """The loader of this rank's share of every batch from position t on."""
+    """Yields this rank's share of every batch from position t on; the loader processes end when it is closed."""
     workers = (8 if run.cuda else 0) if args.workers is None else args.workers
     order = epoch_batches(len(data), args.batch_size, args.seed, *divmod(run.t, run.n_steps), args.epochs)
-    return torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=run.cuda,
-                                       prefetch_factor=1 if workers else None, collate_fn=collate,
-                                       worker_init_fn=ignore_signals)
+    loader = iter(torch.utils.data.DataLoader(
+        data, batch_sampler=order, num_workers=workers, pin_memory=run.cuda,
+        prefetch_factor=1 if workers else None, collate_fn=collate, worker_init_fn=ignore_signals))
+    try:
+        yield from loader
+    finally:
+        if workers:   # they ignore signals: Python would ask them to end by one, and wait for ever
+            loader._shutdown_workers()
 
 
 def epoch_batches(n, batch_size, seed, epoch, step, epochs):

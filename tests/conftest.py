@@ -3,9 +3,16 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"   # looking for a GPU must not start CUDA here
+
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# The tests compare bits, on the CPU even where there is a GPU; test_cuda.py shows this one to the scripts it starts
+GPU = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0] if torch.cuda.is_available() else None
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +57,6 @@ def small(tmp_path_factory, toy_root):
 def predict_every_class(path):
     """Two epochs teach nothing: give a checkpoint the batch-norm statistics of the training images, and a random last
     layer that predicts every class, with some doubt."""
-    import torch
     import common
     f, checkpoint = common.load_checkpoint(path)
     scenes = common.Scenes(checkpoint["data"], checkpoint["root"], "train")
