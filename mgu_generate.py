@@ -60,7 +60,7 @@ def parse():
                    help="checkpoint of pretrain.py: f, frozen (default: pretrained.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=common.whole(),
-                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 2, camvid: 20)")
+                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 10, camvid: 20)")
     p.add_argument("--step", choices=("plain", "sign"),
                    help="X' − η∇L for images in [0, 1] as in Algorithm 1, line 7, or X' − η·sign(∇L), η in grey levels "
                         "(paper: plain)")

@@ -1,0 +1,357 @@
+"""The experiments behind the tables: plain commands of the four scripts, what each needs, and how to run them all.
+
+    python tests/results/experiments.py main --camvid /data/CamVid_240 --list           # every command as a shell line
+    python tests/results/experiments.py main --camvid /data/CamVid_240 --seeds 0 1 2 --jobs 8 --folder runs
+    python tests/results/experiments.py choice --camvid /data/CamVid_240 --sets pasted=/data/pasted     # tests/paste.py
+
+    in     a study: `choice` (sets on which recipes are chosen, never test images), `main` (test images), `quick` (the
+           README's four commands)
+    out    FOLDER/DATA/SEED/: what the scripts write, logs/NAME.txt of every command; STUDY.json here, without paths
+
+What has finished is not run again, so the same command continues. A command that fails does not stop those that do not
+need its output. Each command is a process forked from one that has already imported torch. FOLDER/DATA/SEED is shared
+by the studies, so that they start from the same pretrained.pt.
+"""
+import argparse
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import runpy
+import shlex
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parents[1]
+processes = multiprocessing.get_context("forkserver")
+
+# ───────────────────────────────────────────── the experiments ─────────────────────────────────────────────
+
+PER_CLASS = {"toy": 10, "camvid": 20}   # auxiliary images of each class
+
+# name of a set: flags of mgu_generate.py beside --per-class. `default`: whatever the defaults are
+SETS = {"default": {}, "small": {"per-class": 2}}
+SETS.update({f"plain{eta}": {"step": "plain", "step-size": eta, "max-steps": 80} for eta in (5, 2, 10, 20)})
+SETS.update({f"plain{eta}-cap40": {"step": "plain", "step-size": eta, "max-steps": 40} for eta in (5, 10)})
+SETS["signstep"] = {"step": "sign", "step-size": 1, "double-every": 16, "max-steps": 80}
+
+# A row: (name, what the tables call it, its set or None for the pretrained model, flags of finetune.py)
+MSP = ("msp", "MSP", None, {})
+CONTROLS = {"clean": "X, no D_s (L_k alone)", "still": "X unmoved, the same D_s", "noise": "X' − X shuffled over D_s",
+            "sign": "random sign of every value of X' − X"}
+MAIN = [MSP, *((name, f"control: {label}", "default", {"images": name}) for name, label in CONTROLS.items()),
+        ("er005", "L_ER, α = 0.05", "default", {"loss": "er", "alpha": 0.05}),
+        ("kl005", "L_KL, α = 0.05", "default", {"loss": "kl", "alpha": 0.05}),
+        ("paper", "L_ER, α = 0.05, no known images, batch norm on the batch", "default",
+         {"loss": "er", "alpha": 0.05, "mix": "none", "bn": "train"}),
+        ("recipe", "**the recipe**", "default", {})]
+
+# The choice moves one thing at a time from the base, on the set plain5
+BASE = {"loss": "kl", "alpha": 0.3, "mix": "clean", "bn": "train", "unknown": "flipped", "images": "aux"}
+CHOICE = [MSP]
+
+
+def chosen(name, label, aux="plain5", **changes):
+    CHOICE.append((name, label, aux, BASE | changes))
+
+
+chosen("base", "**base**: plain, η = 5, cap 80; L_KL, α = 0.3, clean images mixed in")
+for a_set, a_label in (("plain2", "η = 2"), ("plain10", "η = 10"), ("plain20", "η = 20"),
+                       ("plain5-cap40", "η = 5, cap 40"), ("signstep", "sign, doubled")):
+    chosen(a_set, a_label, a_set)
+chosen("mix-none", "mix none", mix="none")
+chosen("mix-train", "mix train", mix="train")
+for an_alpha in (0.05, 0.1, 0.5):
+    chosen(f"kl{an_alpha}", f"L_KL, α = {an_alpha}", alpha=an_alpha)
+for an_alpha in (0.05, 0.5):
+    chosen(f"er{an_alpha}", f"L_ER, α = {an_alpha}", loss="er", alpha=an_alpha)
+for a_mix in ("clean", "none"):
+    chosen(f"frozen-{a_mix}", f"frozen batch norm, mix {a_mix}", bn="frozen", mix=a_mix)
+chosen("unknown-all", "D_s = all of I_ỹ", unknown="all")
+for a_control, a_label in CONTROLS.items():
+    chosen(f"{a_control}-clean", f"control: {a_label}", images=a_control)
+
+STUDIES = {"choice": CHOICE, "main": MAIN,
+           "quick": [MSP, ("recipe", "the recipe, 2 images a class", "small", {})]}
+
+
+def graph(study, args):
+    """The commands of a study in an order of preference in which what one needs comes before it, as a list of
+    dict(name, script, flags, folder, needs, makes, final, about): `makes` is complete when the command has ended well;
+    `final` ones are what the study is for, others run where they are needed; `about` goes into the row."""
+    runs, nodes = Path(args.folder).resolve(), []
+
+    def add(name, script, flags, folder, needs, makes, about=None):
+        node = dict(name=name, script=script, folder=folder, needs=needs, makes=folder / makes,
+                    flags=[str(v) for v in flags], final=bool(about), about=about)
+        same = [n for n in nodes if n["name"] == name]
+        if same not in ([], [node]):
+            raise ValueError(f"{name}: two commands of this name")
+        nodes.extend([] if same else [node])
+        return name
+
+    roots, tests, ready = {}, {}, {}    # of the data; {data: {test: flags of evaluate.py}}; {data: what makes its roots}
+    if "toy" in args.data:
+        roots["toy"] = runs / "toy_data"
+        ready["toy"] = [add("toy_data", "tests/toy.py", [roots["toy"]], runs, [], "toy_data")]
+        tests["toy"] = {"quick" if study == "quick" else "toy": ["--root", roots["toy"]]}
+        if study == "choice":
+            ready["toy"] += [add("toy_b", "tests/toy.py", [runs / "toy_b", "--seed", 1], runs, [], "toy_b")]
+            tests["toy"] = {"toy_b": ["--root", runs / "toy_b"]}
+    if "camvid" in args.data and study != "quick":
+        roots["camvid"], ready["camvid"] = Path(args.camvid).resolve(), []
+        tests["camvid"] = {"camvid": ["--root", roots["camvid"]]}
+        if study == "choice":
+            sets = dict(s.split("=", 1) for s in args.sets) or {"pasted": runs / "pasted"}
+            if not args.sets:   # flower pieces, which anybody can paste
+                ready["camvid"] = [add("pasted", "tests/paste.py", ["--data", "camvid", "--root", roots["camvid"],
+                                                                    "--out", runs / "pasted"], runs, [], "pasted")]
+            tests["camvid"] = {k: ["--data", "folder", "--root", Path(v).resolve()] for k, v in sets.items()}
+
+    common = ["--device", args.device] if args.device else []
+    loading = ["--workers", args.workers] if args.workers is not None else []
+    training = [*common, *loading, *(["--precision", args.precision] if args.precision else [])]
+    pairs = [(data, seed) for seed in args.seeds for data in roots]
+    for data, seed in pairs:
+        add(f"{data}/{seed}/pretrain", "pretrain.py", ["--data", data, "--root", roots[data], "--seed", seed, *training],
+            runs / data / str(seed), ready[data], "pretrained.pt")
+    for row, label, aux, changes in STUDIES[study]:
+        for data, seed in pairs:
+            folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
+            if aux:
+                flags = as_flags({"per-class": PER_CLASS[data]} | SETS[aux])
+                mgu = add(f"{data}/{seed}/mgu_{aux}", "mgu_generate.py",
+                          [*flags, "--seed", seed, "--out", f"auxiliary_{aux}", *common],
+                          folder, [model], f"auxiliary_{aux}/manifest.json")
+                name = f"{study}_{row}.pt"
+                model = add(f"{data}/{seed}/{study}_{row}", "finetune.py",
+                            ["--aux", f"auxiliary_{aux}", *as_flags(changes), "--seed", seed, "--out", name, *training],
+                            folder, [mgu], name)
+            for test, flags in tests[data].items():
+                out = f"results_{study}_{row}_{test}"
+                add(f"{data}/{seed}/{out}", "evaluate.py",
+                    ["--ckpt", name, *flags, "--panels", 0, "--out", out, *common, *loading], folder, [model],
+                    f"{out}/results.json", dict(data=data, seed=seed, test=test, name=row, set=aux,
+                                                flags=" ".join(as_flags(changes))))
+    return nodes
+
+
+def as_flags(settings):
+    """{"alpha": 0.3} → ["--alpha", "0.3"]."""
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+# ──────────────────────────────────────────────── running ────────────────────────────────────────────────
+
+def log_of(node, end):
+    return node["folder"] / "logs" / f"{node['name'].split('/')[-1]}{end}"
+
+
+def finished(node):
+    """Whether the command has ended well with these flags, and what it made is still there."""
+    ok = log_of(node, ".ok")
+    return ok.exists() and node["makes"].exists() and json.loads(ok.read_text())["flags"] == node["flags"]
+
+
+def to_run(nodes):
+    """{name: node} of the unfinished nodes that are final or needed by one of these."""
+    todo = {}
+    for node in reversed(nodes):
+        if not finished(node) and (node["final"] or any(node["name"] in user["needs"] for user in todo.values())):
+            todo[node["name"]] = node
+    return todo
+
+
+def child(script, flags, folder, log):
+    """One command, in a process of its own."""
+    os.chdir(folder)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    from tqdm import tqdm
+    tqdm.set_lock(threading.RLock())   # the usual one is shared with all processes: a killed one would keep it
+    sys.argv = [script, *flags]
+    sys.path.insert(0, str(REPO))
+    code = 0
+    try:
+        runpy.run_path(str(REPO / script), run_name="__main__")
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def execute(nodes, jobs, deadline=None, keep=False):
+    """Run what is not finished, `jobs` at a time, the first of the list first; returns {name: why it did not end well}.
+
+    deadline: seconds after which nothing new is started. keep: leave fine-tuned checkpoints, which are otherwise
+    deleted after their last use."""
+    todo, running, failed, started = to_run(nodes), {}, {}, time.time()
+    waiting, total = [n for n in nodes if n["name"] in todo], len(todo)
+    while waiting or running:
+        late = deadline is not None and time.time() - started > deadline
+        for node in list(waiting):
+            lost = [need for need in node["needs"] if need in failed]
+            if lost or late:
+                failed[node["name"]] = f"needs {lost[0]}" if lost else "not started before the deadline"
+                waiting.remove(node)
+            elif len(running) < jobs and not any(need in todo for need in node["needs"]):
+                log_of(node, "").parent.mkdir(parents=True, exist_ok=True)
+                log_of(node, ".ok").unlink(missing_ok=True)
+                p = processes.Process(target=child, args=(node["script"], node["flags"], str(node["folder"]),
+                                                          str(log_of(node, ".txt"))))
+                p.start()
+                running[p.sentinel] = p, node, time.time()
+                waiting.remove(node)
+        left = max(0, deadline - time.time() + started) + 0.1 if deadline is not None and waiting else None
+        for sentinel in multiprocessing.connection.wait(list(running), left):
+            p, node, begun = running.pop(sentinel)
+            p.join()
+            seconds = round(time.time() - begun, 1)
+            if p.exitcode == 0 and node["makes"].exists():
+                log_of(node, ".ok").write_text(json.dumps(dict(flags=node["flags"], seconds=seconds)))
+                del todo[node["name"]]
+            else:
+                last = log_of(node, ".txt").read_text(errors="replace").strip().splitlines()[-1:]
+                failed[node["name"]] = f"exit {p.exitcode}: {' '.join(last)} ({log_of(node, '.txt')})"
+            if not keep:
+                delete_used(nodes, todo)
+            print(f"{time.time() - started:5.0f} s  {total - len(todo)} of {total} done  {node['name']}  {seconds} s"
+                  + "  FAILED" * (node["name"] in failed), flush=True)
+    return failed
+
+
+def delete_used(nodes, todo):
+    """Fine-tuned checkpoints that no unfinished command needs."""
+    for node in nodes:
+        used = [user for user in nodes if node["name"] in user["needs"]]
+        if node["script"] == "finetune.py" and node["name"] not in todo and node["makes"].exists() and \
+                not any(user["name"] in todo for user in used):
+            node["makes"].unlink()
+
+
+# ─────────────────────────────────────────────── collecting ───────────────────────────────────────────────
+
+FIGURES = ("images", "flip_rate", "iterations_median", "rms", "mean_max_softmax")
+METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")
+
+
+def settings_of(node):
+    """The settings that a script printed, without where each came from: {"loss": "kl", "alpha": "0.3", …}."""
+    for line in log_of(node, ".txt").read_text(errors="replace").splitlines():
+        if line.startswith("settings: "):
+            parts = line[len("settings: "):].split(" · ")
+            return dict(re.sub(r" \((flag|method|recipe|paper|ours)\)$", "", part).split(" ", 1) for part in parts)
+    return {}
+
+
+def collect(study, nodes, out):
+    """Gather every finished evaluation into the JSON file `out`: rows that it holds of other seeds and data stay, where
+    their flags are still those of the study."""
+    by_name = {n["name"]: n for n in nodes}
+    found = json.loads(out.read_text()) if out.exists() else {}
+    stands = {(n["about"]["data"], n["about"]["test"], n["about"]["name"], n["about"]["flags"])
+              for n in nodes if n["final"]}
+    mgu = {(m["data"], m["seed"], m["set"]): m for m in found.get("mgu", [])}
+    rows = {(r["data"], r["seed"], r["test"], r["name"]): r for r in found.get("rows", [])
+            if (r["data"], r["test"], r["name"], r["flags"]) in stands or r["data"] not in {s[0] for s in stands}}
+    protocol = found.get("protocol", {})
+    for node in nodes:
+        if not node["final"] or not finished(node):
+            continue
+        results, about = json.loads(node["makes"].read_text()), node["about"]
+        made = results["protocol"]
+        protocol[about["test"]] = {k: made[k] for k in ("images", "resolution", "base_rate", "unlabeled", "miou")}
+        row = dict(about, score=results["rows"][0]["score"], miou=results["miou"], device=device_of(results),
+                   date=time.strftime("%Y-%m-%d", time.gmtime(node["makes"].stat().st_mtime)))
+        row.update({g: results[g] and {k: results[g][k] for k in METRICS if k in results[g]}
+                    for g in ("pooled", "per_image")})
+        if about["set"]:
+            tuned = by_name[node["needs"][0]]
+            row["settings"] = settings_of(tuned)
+            made_by = by_name[tuned["needs"][0]]
+            figures = json.loads(made_by["makes"].read_text())["figures"]["all"]
+            mgu[about["data"], about["seed"], about["set"]] = dict(
+                data=about["data"], seed=about["seed"], set=about["set"], settings=settings_of(made_by),
+                **{k: figures[k] for k in FIGURES})
+        rows[about["data"], about["seed"], about["test"], about["name"]] = row
+    order = [name for name, *_ in STUDIES[study]]
+    ordered = sorted(rows.values(), key=lambda r: (r["data"], r["test"], order.index(r["name"]), r["seed"]))
+    one = lambda value: json.dumps(value, ensure_ascii=False)     # one line of the file each
+    lists = [f' "{key}": [\n  ' + ",\n  ".join(map(one, part)) + "\n ]"
+             for key, part in (("mgu", sorted(mgu.values(), key=lambda m: (m["data"], m["set"], m["seed"]))),
+                               ("rows", ordered))]
+    text = ",\n".join([f' "study": "{study}"', f' "protocol": {one(protocol)}', *lists])
+    out.with_suffix(".tmp").write_text(f"{{\n{text}\n}}\n")
+    os.replace(out.with_suffix(".tmp"), out)
+    print(f"wrote {out}: {len(ordered)} rows")
+
+
+def device_of(results):
+    """What it was computed with, from results.json: "NVIDIA H100 · torch 2.10.0 · …", or "" in an old one."""
+    environment = results.get("environment", {})
+    if not isinstance(environment, dict):
+        return str(environment)
+    return " · ".join(str(v) if k == "device" else f"{k} {v}" for k, v in sorted(environment.items()))
+
+
+# ────────────────────────────────────────────────── main ──────────────────────────────────────────────────
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="Run the experiments of a study, and collect their numbers.")
+    p.add_argument("study", choices=tuple(STUDIES))
+    p.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    p.add_argument("--collect", action="store_true", help="run nothing, collect what has finished")
+    p.add_argument("--folder", default="runs", help="where to work (default: runs)")
+    p.add_argument("--out", help="JSON to write (default: STUDY.json beside this file)")
+    p.add_argument("--data", nargs="+", choices=("toy", "camvid"), default=["toy", "camvid"])
+    p.add_argument("--camvid", metavar="ROOT", help="CamVid at 240×180 (README, Data)")
+    p.add_argument("--sets", nargs="+", default=[], metavar="NAME=ROOT", help="choice: data folders for CamVid's models "
+                   "(default: pasted, flower pieces in its validation images)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time (default: one a core)")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads of a command (default: 1)")
+    p.add_argument("--deadline", type=float, metavar="SECONDS", help="start nothing new after so long")
+    p.add_argument("--keep", action="store_true", help="keep the fine-tuned checkpoints")
+    p.add_argument("--device", help="of every command (default: the scripts')")
+    p.add_argument("--workers", type=int, help="loader processes of a training run (default: the scripts')")
+    p.add_argument("--precision", choices=("float32", "bf16"), help="of training (default: the scripts')")
+    args = p.parse_args(argv)
+    if "camvid" in args.data and not args.camvid and args.study != "quick":
+        p.error("expected --camvid ROOT, or --data toy")
+    return args
+
+
+def main():
+    args = parse()
+    nodes = graph(args.study, args)
+    if args.list:
+        for n in nodes:
+            print(f"mkdir -p {n['folder']} && cd {n['folder']} && python {shlex.join([str(REPO / n['script']), *n['flags']])}")
+        return
+    failed = {}
+    if not args.collect:
+        os.environ.update(OMP_NUM_THREADS=str(args.threads), OPENBLAS_NUM_THREADS="1",
+                          PYTORCH_NVML_BASED_CUDA_CHECK="1")   # looking for a GPU must not start CUDA before the fork
+        processes.set_forkserver_preload(["torch", "torch._dynamo", "torchvision.models.segmentation", "tqdm",
+                                          "torch.utils.flop_counter", "matplotlib.pyplot", "sklearn.datasets"])
+        failed = execute(nodes, args.jobs, args.deadline, args.keep)
+    collect(args.study, nodes, Path(args.out) if args.out else HERE / f"{args.study}.json")
+    for name, why in failed.items():
+        print(f"not done: {name}: {why}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
