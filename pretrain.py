@@ -252,7 +252,8 @@ def prepare(f, args, run, device):
             raise common.InputError(f"--sync-bn: expected a batch that {common.world()} processes share evenly, "
                                     f"found {run.batch_size}")
         f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
-    torch.backends.cudnn.benchmark = run.cuda    # one shape for the whole run: let cuDNN try its algorithms
+    # One shape for the whole run: let cuDNN try its algorithms, which takes 15 s, where the run is long
+    torch.backends.cudnn.benchmark = run.cuda and run.total - run.t >= 2000
     return torch.compile(f) if args.compile else f
 
 
