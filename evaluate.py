@@ -31,7 +31,6 @@ from torch import nn
 import common
 
 EXTRA_SCORES = ("dropout", "crf")
-METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -185,6 +184,9 @@ def anomaly_scores(models, X, names, args):
 #     fpr95        FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
 #     fpr95_first  FPR at the highest threshold whose recall reaches 95 %: the textbook definition
 
+METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")
+
+
 def sort_by_class(scores, positive):
     """Split by class and sort: the expensive step, shared by per-image and pooled metrics.
 
@@ -207,20 +209,20 @@ def curve_metrics(chunks, P, N):
 
     chunks  iterable of non-empty int64 arrays (pos, above, upto), in descending score order, one entry
             per such score: positives at it, negatives strictly above it, negatives above or at it
-    P, N    total positives and negatives, both > 0
+    P, N    total positives and negatives, both > 0, together below 2**32
     Other scores need no entry: between two positives recall is constant, so a run of negatives adds to
     neither area, and FPR is only ever read at its ends.
     """
     tp, ap, pairs, nearest, fpr95, first = 0, 0.0, 0, np.inf, 0, None
     for pos, above, upto in chunks:
         recalled = tp + np.cumsum(pos)
-        ap += float(np.sum(pos * (recalled / (recalled + upto))))
-        pairs += int(np.sum(pos * (above + upto)))   # twice the misordered pairs
+        ap += float(np.sum(pos * (recalled / (recalled + upto))))   # Σ precision · Δrecall, times P
+        pairs += int(np.sum(pos * (above + upto)))                  # twice the misordered pairs
         reached = recalled / P >= 0.95
         if first is None and reached[-1]:
             first = int(upto[np.argmax(reached)])
-         # CAOS scans from the lowest threshold and keeps the first of the nearest: for a recall below 1
-         # the one just before the next positive, whose FP count is `above` of that positive ...
+        # CAOS scans from the lowest threshold and keeps the first of the nearest: for a recall below 1
+        # the one just before the next positive, whose FP count is `above` of that positive ...
         distance = np.abs((recalled - pos) / P - 0.95)
         i = len(pos) - 1 - int(np.argmin(distance[::-1]))
         if distance[i] <= nearest:
@@ -237,181 +239,151 @@ def image_metrics(pos, neg):
     negatives FPR and AUROC are undefined too): a per-image mean skips and counts such images."""
     if not len(pos) or not len(neg):
         return None
-    return curve_metrics([_exact_chunk(pos, neg)], len(pos), len(neg))
+    return curve_metrics(exact_chunks(pos, neg), len(pos), len(neg))
 
 
-def _exact_chunk(pos, neg):
-    """The one chunk of `curve_metrics` for ascending scores of the two classes."""
-    starts = _run_starts(pos)
-    above = len(neg) - np.searchsorted(neg, pos[starts], "right")
-    upto = len(neg) - np.searchsorted(neg, pos[starts], "left")
-    return np.diff(starts, append=len(pos))[::-1], above[::-1], upto[::-1]
+def exact_chunks(pos, neg, size=1 << 20):
+    """The chunks of `curve_metrics` for ascending scores of the two classes, `size` scores at a time."""
+    starts = run_starts(pos)
+    counts = np.diff(starts, append=len(pos))
+    for end in range(len(starts), 0, -size):
+        part = slice(max(0, end - size), end)
+        score = pos[starts[part]][::-1]
+        above = len(neg) - np.searchsorted(neg, score, "right")
+        upto = len(neg) - np.searchsorted(neg, score, "left")
+        yield counts[part][::-1], above, upto
 
 
-def _run_starts(ordered):
+def run_starts(ordered):
     """Index of the first element of every run of equal values."""
     return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:len(ordered)])
 
 
-def _keys(scores):
-    """float32 -> uint32 of the same order; adding 0 turns -0.0 into 0.0."""
-    bits = (scores + np.float32(0)).view(np.int32)
-    bits ^= bits >> 31 | -1 << 31
-    return bits.view(np.uint32)
+# The bins of ScoreHistogram. The bits of a float32, with its sign handled, are an integer of the same order: 1 bit of
+# sign, 8 of exponent, 23 of mantissa. A bin is a sign, an exponent and the upper bits of the mantissa: 19 of them for
+# magnitudes in [1/8, 32), where most scores of models lie, 17 around that, 10 where none do: fewer than 2**24 bins.
+# (15 bits everywhere, the upper half of the integer, put FPR95 off by up to 0.004 points on scores of trained models.)
+POWERS = np.r_[128:-128:-1, -127:129]   # exponent for each upper 9 bits of a key: of negative scores, then of positive
+SHIFTS = np.full(512, 13, np.uint32)    # lower bits of the mantissa that are dropped
+SHIFTS[(POWERS >= -20) & (POWERS < 12)] = 6
+SHIFTS[(POWERS >= -3) & (POWERS < 5)] = 4
+FIRST = np.cumsum(np.append(0, 1 << 23 - SHIFTS.astype(np.int64))).astype(np.uint32)   # bin of mantissa 0, by POWERS
+BINS = int(FIRST[-1])                                                                  # 0.91 · 2**24
 
 
-_TOPS = np.arange(1 << 16)   # values of the upper half of a key
-_SMALL = (0x4100 <= _TOPS) & (_TOPS < 0xBF00)   # score magnitudes below 0.5
-
-
-def _shifts(level):
-    """Bin width (log2) at `level`, uint32 per upper half of a key. Magnitudes below 0.5 lose 6 bits before
-    the others lose any: a probability saturated at 1 (a negative MSP at -1) needs every float32 next to
-    it, while the floats around 0 are dense beyond any need."""
-    return np.where(_SMALL, level, max(0, level - 6)).astype(np.uint32)
+def bin_numbers(scores):
+    """float32 → uint32 bin numbers, of the same order or equal."""
+    bits = (scores + np.float32(0)).view(np.int32)    # adding 0 turns -0.0 into 0.0
+    bits ^= bits >> 31 | -1 << 31                     # negative: all bits inverted; positive: the upper one
+    keys = bits.view(np.uint32)
+    upper = keys >> 23
+    return FIRST[upper] + ((keys & 0x7FFFFF) >> SHIFTS[upper])
 
 
 class ScoreHistogram:
     """Pooled metrics over any number of pixels, in one pass and bounded memory.
 
-    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in bins:
-    a bin counts 2**shift consecutive `_keys`; 2**16 bins share a row of the table, taken when first
-    touched. When rows run out the `level` rises, which doubles bin widths (`_shifts`): it ends as the
-    smallest whose touched rows fit into `limit`, a property of the set of scores alone, and counts are
-    integers. So any order, batching or split over ranks gives identical results. Bins are exact at
-    level 0; normal scores (all magnitudes, both signs) reach level 8, which ties what differs by less
-    than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points, unless
-    most scores are equal but for their last bits.
+    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in a table of 2**24
+    bins a class (128 MiB). Both depend on the set of the scores alone, and counts are integers: any order, batching or
+    split over ranks gives identical results.
+
+    Bins tie scores that differ by less than 2e-6 of their value (magnitudes in [1/8, 32); 8e-6 of it in [2**-20, 4096),
+    1e-3 beyond). On scores of trained models the errors are below 0.001 points. They are not where most scores are
+    nearly tied: a large constant plus small differences, probabilities next to 1 (take the logarithm of 1 − p), the
+    entropies of a network that knows nothing, all next to log N.
     """
 
-    def __init__(self, limit=384, exact=1 << 24):
-        self.limit, self.exact = limit, exact   # limit: at least 3
-        self.total = np.zeros(2, np.int64)   # positives, negatives
-        self.kept = [np.empty((2, 0), np.float32)]   # (pos, neg) as they came; None once there are bins
-        self.table = np.zeros((limit, 2, 1 << 16), np.uint32)   # 512 KiB a row, committed when touched
-        self.free = list(range(limit))
-        self._set_level(0)
+    def __init__(self, exact=1 << 24):
+        self.exact, self.total = exact, np.zeros(2, np.int64)   # total: positives, negatives
+        self.kept = [np.empty((2, 0), np.float32)]              # (pos, neg) of every image, until there is a table
+        self.table = None                                       # uint32 (2, BINS), rows as in total
 
     def add(self, pos, neg):
-        """Count pixels, e.g. of one image; arguments from `sort_by_class`."""
-        self._count((len(pos), len(neg)))
-        if self.kept is None:
-            self._bin(pos, neg)
-        else:
+        """Count pixels, e.g. of one image; arguments from `sort_by_class`. InputError above 2**32 - 1 pixels in all."""
+        self.count((len(pos), len(neg)))
+        if self.table is None:
             self.kept.append((pos, neg))
+        else:
+            self.fill(pos, neg)
 
-    def _count(self, total):
+    def count(self, total):
         self.total += total
-        if self.total.max() > np.iinfo(self.table.dtype).max:   # only then could a bin overflow
-            self.table = self.table.astype(np.uint64)
-        if self.kept is not None and self.total.sum() > self.exact:
-            kept, self.kept = self.kept, None
-            for parts in kept:
-                self._bin(*parts)
+        if self.total.sum() >= 1 << 32:
+            raise common.InputError(f"{self.total.sum()} pixels: the pooled metrics count to {2**32 - 1}; "
+                                    "expected fewer or smaller images")
+        self.make_room(self.total.sum())
 
-    def _bin(self, pos, neg):
-        keys = [_keys(part) for part in (pos, neg)]
-        starts = [_run_starts(k >> 16) for k in keys]
-        self._reserve(np.concatenate([k[s] >> 16 for k, s in zip(keys, starts)]))
-        for cls, (k, s) in enumerate(zip(keys, starts)):
-            tops, lengths = k[s] >> 16, np.diff(s, append=len(k))
-            bins = np.repeat(2 * self.row[self.group[tops]] + cls << 16, lengths)
-            bins += k >> np.repeat(self.shifts[tops], lengths) & 0xFFFF
-            np.add.at(self.table.reshape(-1), bins, self.table.dtype.type(1))
+    def make_room(self, pixels):
+        """Go over from kept scores to the table if so many `pixels` are too many to keep."""
+        if self.table is None and pixels > self.exact:
+            self.table = np.zeros((2, BINS), np.uint32)
+            while self.kept:
+                self.fill(*self.kept.pop())
+
+    def fill(self, *parts):
+        for row, scores in zip(self.table, parts):
+            for piece in np.array_split(scores, 1 + (len(scores) >> 20)):
+                bins = bin_numbers(piece)                       # ascending, so equal ones follow each other
+                starts = run_starts(bins)
+                row[bins[starts]] += np.diff(starts, append=len(bins)).astype(np.uint32)
+
+    def sorted_scores(self):
+        """Ascending (pos, neg) of all that is kept."""
+        if len(self.kept) > 1:
+            self.kept = [[np.concatenate(part) for part in zip(*self.kept)]]
+            for part in self.kept[0]:
+                part.sort()
+        return self.kept[0]
 
     def state(self):
-        """All that was counted, as a dict of numpy arrays: the scores kept, or the touched rows, 512 KiB each."""
-        tops, rows = self._touched()
-        pos, neg = (np.concatenate(parts) for parts in zip(*self.kept or [np.empty((2, 0), np.float32)]))
-        return dict(header=np.array([self.limit, self.exact, self.level, *self.total]), tops=tops,
-                    counts=self.table[rows], pos=pos, neg=neg)
+        """All that was counted, as a dict of numpy arrays: the scores kept, or the bins that are not empty."""
+        if self.table is None:
+            bins, counts, (pos, neg) = np.empty(0, np.uint32), np.empty((2, 0), np.uint32), self.sorted_scores()
+        else:
+            bins, (pos, neg) = np.flatnonzero(self.table.any(0)).astype(np.uint32), np.empty((2, 0), np.float32)
+            counts = self.table[:, bins]
+        return dict(header=np.array([self.exact, *self.total]), bins=bins, counts=counts, pos=pos, neg=neg)
 
     def merge(self, state):
-        """Add the `state()` of another histogram of the same limits, as if its pixels came here."""
-        limit, exact, level, *total = state["header"].tolist()
-        if (limit, exact) != (self.limit, self.exact):
-            raise ValueError(f"cannot merge histograms of limits {self.limit, self.exact} and {limit, exact}")
-        if len(state["pos"]) + len(state["neg"]) == sum(total):
+        """Add the `state()` of another histogram of the same `exact`, as if its pixels came here."""
+        exact, *total = state["header"].tolist()
+        if exact != self.exact:
+            raise ValueError(f"cannot merge histograms that keep {self.exact} and {exact} scores")
+        if len(state["bins"]) == 0:
             return self.add(state["pos"], state["neg"])
-        self._count(total)
-        while self.level < level:
-            self._coarsen()
-        self._reserve(state["tops"])
-        for top, shift, counts in zip(state["tops"], _shifts(level)[state["tops"]], state["counts"]):
-            self._fold_in(top, shift, counts)
+        self.make_room(np.inf)
+        self.count(total)
+        self.table[:, state["bins"]] += state["counts"]
+
+    def chunks(self):
+        """The chunks of `curve_metrics` for all that was counted; a bin is one score."""
+        if self.table is None:
+            yield from exact_chunks(*self.sorted_scores())
+            return
+        fp = 0
+        for end in range(BINS, 0, -1 << 16):
+            pos, neg = self.table[:, max(0, end - (1 << 16)):end][:, ::-1]
+            upto, hit = fp + np.cumsum(neg, dtype=np.int64), np.flatnonzero(pos)
+            if len(hit):
+                yield pos[hit].astype(np.int64), upto[hit] - neg[hit], upto[hit]
+            fp = int(upto[-1])
 
     def metrics(self):
         """`curve_metrics` of all that was counted; None when either class is empty."""
         P, N = self.total.tolist()
-        return curve_metrics(self._chunks(), P, N) if P and N else None
+        return curve_metrics(self.chunks(), P, N) if P and N else None
 
     def curve(self, points=1000):
         """(recall, precision, FPR), each float64 of at most about `points`, along falling thresholds."""
-        P, N = (int(v) for v in self.total)
-        tp, kept, drawn = 0, [(0.0, 1.0, 0.0)], 0
-        for pos, _, upto in self._chunks():
+        P, N = self.total.tolist()
+        tp, drawn, curve = 0, 0, [(0.0, 1.0, 0.0)]
+        for pos, _, upto in self.chunks():
             recalled = tp + np.cumsum(pos)
             steps = recalled * points // P
             for i in np.flatnonzero(np.diff(steps, prepend=drawn)):    # whenever recall passes a step
-                kept.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
-            tp, drawn = (int(recalled[-1]), int(steps[-1])) if len(pos) else (tp, drawn)
-        return np.array([*kept, (1.0, P / (P + N), 1.0)]).T
-
-    def _chunks(self):
-        if self.kept is not None:
-            yield _exact_chunk(*(np.sort(np.concatenate(parts)) for parts in zip(*self.kept)))
-            return
-        fp = 0
-        for row in self._touched()[1][::-1]:
-            pos, neg = self.table[row, :, ::-1].astype(np.int64)
-            upto, hit = fp + np.cumsum(neg), np.flatnonzero(pos)
-            if len(hit):
-                yield pos[hit], upto[hit] - neg[hit], upto[hit]
-            fp = int(upto[-1])
-
-    def _set_level(self, level):
-        self.level, self.shifts = level, _shifts(level)
-        self.group = (_TOPS >> self.shifts) + (_SMALL << 16)   # of 2**16 bins, per top half of a key
-        self.row = np.full(1 << 17, -1)   # per group; -1: untouched
-
-    def _touched(self):
-        """The rows in use in ascending score order, and the lowest top half of a key in each."""
-        rows = self.row[self.group]
-        starts = _run_starts(rows)
-        tops = starts[rows[starts] >= 0]
-        return tops, rows[tops]
-
-    def _reserve(self, tops):
-        """Give the groups of all `tops` a row; coarsen until they fit."""
-        while True:
-            wanted = np.zeros(len(self.row), bool)
-            wanted[self.group[tops]] = True
-            new = np.flatnonzero(wanted & (self.row < 0))
-            if len(new) <= len(self.free):
-                break
-            self._coarsen()
-        self.row[new] = [self.free.pop() for _ in new]
-
-    def _coarsen(self):
-        """Raise the level by one, folding rows in place."""
-        tops, rows = self._touched()
-        shifts = self.shifts[tops]
-        self._set_level(self.level + 1)
-        for top, row, shift in zip(tops, rows, shifts):
-            counts = self.table[row].copy()
-            self.table[row] = 0
-            self.free.append(row)
-            if self.row[self.group[top]] < 0:
-                self.row[self.group[top]] = self.free.pop()
-            self._fold_in(top, shift, counts)
-
-    def _fold_in(self, top, shift, counts):
-        """Add a row (2, 2**16) of a lower level, where the group of `top` had that shift."""
-        now = self.shifts[top]
-        width = max(1, 1 << 16 >> now - shift)
-        start = (top >> shift << shift << 16 >> now) & 0xFFFF
-        self.table[self.row[self.group[top]], :, start:start + width] += \
-            counts.reshape(2, width, -1).sum(-1, dtype=self.table.dtype)
+                curve.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
+            tp, drawn = int(recalled[-1]), int(steps[-1])
+        return np.array([*curve, (1.0, P / (P + N), 1.0)]).T
 
 
 class Tally:
@@ -443,6 +415,7 @@ class Tally:
         self.threshold = common.all_sum(torch.from_numpy(self.threshold)).numpy()
         self.images = {k: v for part in common.gather(self.images) for k, v in part.items()}
         for histogram in self.histograms.values():
+            histogram.make_room(int(common.all_sum(torch.tensor(histogram.total.sum()))))   # tables are smaller to send
             for state in common.gather_first(histogram.state)[1:]:
                 histogram.merge(state)
 
