@@ -79,7 +79,8 @@ def test_ensemble_is_the_mean_softmax_and_the_mean_logit():
     torch.manual_seed(2)
     z = [3 * torch.randn(1, 5, 4, 4) for _ in range(3)]
     models = [lambda X, z=z_k: z for z_k in z]
-    scores, log_S = evaluate.anomaly_scores(models, None, ["msp", "entropy", "maxlogit", "energy"], argparse.Namespace())
+    names = ["msp", "entropy", "maxlogit", "energy"]
+    scores, log_S = evaluate.anomaly_scores(models, None, names, argparse.Namespace())
     p = torch.stack([v.double().softmax(1) for v in z]).mean(0)
     mean = torch.stack(z).double().mean(0)
     assert torch.allclose(log_S.exp().double(), p, atol=1e-6)
@@ -94,10 +95,11 @@ def tally(seed=0, n=4):
     rng = np.random.default_rng(seed)
     t, images = evaluate.Tally(["msp"], 3), []
     for i in range(n):
-        Z = rng.choice([0, 1, 2, common.IGNORED, common.ANOMALY], (20, 30), p=[0.4, 0.2, 0.2, 0.1, 0.1]).astype(np.uint8)
+        labels = [0, 1, 2, common.IGNORED, common.ANOMALY]
+        Z = rng.choice(labels, (20, 30), p=[0.4, 0.2, 0.2, 0.1, 0.1]).astype(np.uint8)
         top = rng.uniform(1 / 3, 1, (20, 30)).astype(np.float32)
         prediction = rng.integers(0, 3, (20, 30)).astype(np.uint8)
-        t.add(i, {"msp": np.log1p(-top)}, top, prediction, Z, Z == common.IGNORED, 3)
+        t.add(i, {"msp": np.log1p(-top)}, top, prediction, Z, Z == common.IGNORED)
         images.append((Z, top, prediction))
     return t, images
 
