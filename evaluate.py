@@ -28,6 +28,7 @@ import platform
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -434,12 +435,12 @@ def short_names(paths):
     run0/ft.pt, run1/ft.pt, pretrained.pt → run0/ft, run1/ft, pretrained. Raises InputError for a file named twice."""
     parts = [Path(os.path.abspath(p)).with_suffix("").parts for p in paths]
     names = []
-    for path, mine in zip(paths, parts):
-        alone = [k for k in range(1, len(mine) + 1) if [p[-k:] for p in parts].count(mine[-k:]) == 1]
-        if not alone:
-            twin = next(str(p) for p, theirs in zip(paths, parts) if theirs == mine)
-            raise common.InputError(f"{path}: its name is taken by {twin}; expected files of different names")
-        names.append(shown("/".join(mine[-alone[0]:])))
+    for i, mine in enumerate(parts):
+        if mine in parts[:i]:
+            raise common.InputError(f"{paths[i]}: its name is taken by {paths[parts.index(mine)]}; "
+                                    "expected files of different names")
+        k = next(k for k in range(1, len(mine) + 1) if sum(p[-k:] == mine[-k:] for p in parts if p != mine) == 0)
+        names.append(shown("/".join(mine[-k:])))
     return names
 
 
@@ -910,6 +911,7 @@ def photographs(models, classes, args, device, out):
     """For each photograph NAME: NAME_anomaly.png and NAME_classes.png (overlays at its own size), NAME_score.npy.
 
     Raises InputError at the end, with a line for each file that could not be read or scored."""
+    warnings.filterwarnings("ignore", module="PIL")   # its remarks on odd files: what cannot be read is listed
     files, failed = find_photographs(args.images, out)
     name, N = args.score[0], len(classes)
     originals = {os.path.realpath(p) for p in files}
