@@ -5,6 +5,7 @@
            results/panels.png     image, label, anomaly maps (Fig. 3)
            results/threshold.png  semantic and anomaly accuracy against δ (Fig. 4)
            results/curves.png     precision-recall and ROC curves
+           or, with --images, results/NAME_anomaly.png, NAME_classes.png and NAME_score.npy for each photograph NAME
 
     python evaluate.py --ckpt ft.pt --baseline pretrained.pt
     python evaluate.py --ckpt ft.pt --score msp entropy maxlogit energy dropout crf
@@ -12,26 +13,37 @@
     python evaluate.py --ckpt ft.pt --images photographs/           # no labels: overlays and raw scores
     torchrun --nproc-per-node 8 evaluate.py                         # the same numbers
 
-Protocol (Sec. IV-B): anomalous pixels are the positives. ASSUMPTION: the paper does not say over what a metric is taken;
-each is given pooled (all pixels of the split) and as the mean over the images that hold anomalous pixels (as the CAOS
-code does, from which the baselines of Table II come).
+The folder holds one run: what an earlier one left there is removed (photographs leave results.json and its figures).
+
+Protocol (Sec. IV-B): anomalous pixels are the positives. ASSUMPTION: the paper does not say over what a metric is
+taken; each is given pooled (all pixels of the split) and as the mean over the images that hold anomalous pixels (as
+the CAOS code does, from which the baselines of Table II come).
+
+Sections: scores · metrics · protocol · evaluation · results · figures · photographs · main
 """
 import argparse
 import math
+import os
+import platform
+import sys
+import tempfile
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torchvision
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
 
 EXTRA_SCORES = ("dropout", "crf")
-METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -39,38 +51,49 @@ PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
         ("Deep Ensemble", 7.2, 90.0, 25.4), ("MGU+AaFt (L_ER, pspnet)", 10.9, 89.5, 32.9),
         ("MGU+AaFt (L_KL, deeplabv3)", 13.2, 90.4, 34.0), ("MGU+AaFt (L_ER, deeplabv3)", 14.6, 92.2, 25.9)],
     "bdd": [
-        ("Dropout", 6.5, 83.7, 33.4), ("MSP", 6.3, 84.2, 31.9), ("MSP+CRF", 8.2, 86.3, 26.0), ("TRADI", 5.6, 86.1, 26.9),
-        ("Deep Ensemble", 6.0, 87.0, 25.0), ("MGU+AaFt (L_ER, deeplabv3)", 14.7, 91.5, 30.8)],
+        ("Dropout", 6.5, 83.7, 33.4), ("MSP", 6.3, 84.2, 31.9), ("MSP+CRF", 8.2, 86.3, 26.0),
+        ("TRADI", 5.6, 86.1, 26.9), ("Deep Ensemble", 6.0, 87.0, 25.0),
+        ("MGU+AaFt (L_ER, deeplabv3)", 14.7, 91.5, 30.8)],
 }
 
 
 def parse():
+    """The command line."""
     p = argparse.ArgumentParser(description="Evaluate anomaly segmentation (Sec. IV-B) and draw the paper's figures.",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
-    p.add_argument("--ckpt", nargs="+", default=["ft.pt"], help="checkpoint; several are a Deep Ensemble, the mean of their softmax (default: ft.pt)")
-    p.add_argument("--baseline", nargs="+", default=[], metavar="CKPT", help="checkpoints to set beside it, each on its own (default: none)")
+    p.add_argument("--ckpt", nargs="+", default=["ft.pt"],
+                   help="checkpoint; several are a Deep Ensemble, the mean of their softmax (default: ft.pt)")
+    p.add_argument("--baseline", nargs="+", default=[], metavar="CKPT",
+                   help="checkpoints to set beside it, each on its own (default: none)")
     p.add_argument("--out", default="results", help="folder of the results (default: results)")
     g = p.add_argument_group("data and protocol (Sec. IV-B)")
     g.add_argument("--data", choices=tuple(common.DATASETS), help="dataset (default: the checkpoint's)")
     g.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     g.add_argument("--split", choices=common.SPLITS, default="test", help="images to evaluate on (default: test)")
-    g.add_argument("--unlabeled", choices=("negative", "ignore"), default="negative", help="pixels without a known class, and "
-                   "StreetHazards' background: negatives, as in the CAOS code, or left out (default: negative)")
-    g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes (default: "
-                   "those of finetune.py --known-unknown, Sec. IV-C)")
+    g.add_argument("--unlabeled", choices=("negative", "ignore"), default="negative",
+                   help="pixels without a known class, and StreetHazards' background: negatives, as in the CAOS code, "
+                   "or left out (default: negative)")
+    g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes "
+                   "(default: those of finetune.py --known-unknown, Sec. IV-C)")
     g = p.add_argument_group("scores")
-    g.add_argument("--score", nargs="+", choices=(*SCORES, *EXTRA_SCORES), default=["msp"], help="one or several: msp is the "
-                   "paper's (Eq. 2); dropout and crf are baselines of Table II (default: msp)")
+    g.add_argument("--score", nargs="+", choices=(*SCORES, *EXTRA_SCORES), default=["msp"],
+                   help="one or several: msp is the paper's (Eq. 2); dropout and crf are baselines of Table II "
+                   "(default: msp)")
     g.add_argument("--passes", type=common.whole(2), default=10, help="forward passes of --score dropout (ours: 10)")
-    g.add_argument("--crf-iterations", type=common.whole(), default=10, help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
+    g.add_argument("--crf-iterations", type=common.whole(), default=10,
+                   help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of the dropout masks (default: 0)")
     g = p.add_argument_group("figures")
-    g.add_argument("--panels", nargs="+", default=["4"], metavar="N|NAME", help="the N images with the largest anomalies, or "
-                   "images whose path ends in these names (default: 4; 0 for none)")
-    g.add_argument("--images", nargs="+", metavar="PATH", help="photographs or folders of them: no metrics, overlays at their own size")
-    g.add_argument("--max-side", type=common.whole(32), default=1280, help="photographs: pixels of the longer side as f sees it (ours: 1280)")
+    g.add_argument("--panels", nargs="+", default=["4"], metavar="N|NAME",
+                   help="the N images with the largest anomalies, or images whose path ends in these names, such as "
+                   "5.png or t5/5.png (default: 4; 0 for none)")
+    g.add_argument("--images", nargs="+", metavar="PATH",
+                   help="photographs or folders of them: no metrics, overlays at their own size")
+    g.add_argument("--max-side", type=common.whole(32), default=1280,
+                   help="photographs: pixels of the longer side as f sees it (ours: 1280)")
     g = p.add_argument_group("hardware")
-    g.add_argument("--batch-size", type=common.whole(), default=8, help="images read ahead of f, which sees them one at a time (default: 8)")
+    g.add_argument("--batch-size", type=common.whole(), default=8,
+                   help="images read ahead of f, which sees them one at a time (default: 8)")
     g.add_argument("--workers", type=common.whole(), help="threads that read them (default: 8 on CUDA, else 1)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
     return p.parse_args()
@@ -111,12 +134,15 @@ SCORES = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, ene
 
 
 def mean_softmax(logits):
-    """log of the mean softmax of several logits [(B, N, H, W), …]: Deep Ensemble, MC-dropout."""
+    """log of the mean softmax of several logits [(B, N, H, W), …]: Deep Ensemble (Lakshminarayanan et al., NeurIPS
+    2017), MC-dropout."""
     return torch.stack([common.log_softmax(z) for z in logits]).logsumexp(0) - np.log(len(logits))
 
 
 def dropout_logits(f, X, passes):
-    """MC-dropout (Gal & Ghahramani, ICML 2016): log of the mean softmax over passes with dropout on."""
+    """MC-dropout (Gal & Ghahramani, ICML 2016): log of the mean softmax over passes with dropout on (B, N, H, W).
+
+    Batch norm keeps its averages. Dropout is off again at the end; its masks come from torch's global generator."""
     drops = [m for m in f.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
     for m in drops:
         m.train()
@@ -130,28 +156,30 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
     """Dense-CRF refinement of a softmax (Krähenbühl & Koltun, NeurIPS 2011): log of the mean-field marginals.
 
     Unary −log S; Potts compatibility `compat` times a bilateral kernel over position and class probabilities,
-    exp(−|Δxy|²/2σ_xy² − |Δp|²/2σ_p²), normalised over each pixel's neighbours, with the CAOS code's σ_xy = 10, σ_p = 13
-    and compat = 10. ASSUMPTION: the kernel is cut to a window of ±20 pixels sampled every 4 (120 neighbours), and
-    10 iterations replace 100, so that it runs on the device. log_S (B, N, H, W)."""
+    exp(−|Δxy|²/2σ_xy² − |Δp|²/2σ_p²), normalised over each pixel's neighbours, with the CAOS code's σ_xy = 10,
+    σ_p = 13 and compat = 10. ASSUMPTION: the kernel is cut to a window of ±20 pixels sampled every 4 (120 neighbours),
+    and 10 iterations replace 100, so that it runs on the device. log_S (B, N, H, W)."""
     S = log_S.exp()
-    offsets = [(dy, dx) for dy in range(-radius, radius + 1, stride) for dx in range(-radius, radius + 1, stride) if (dy, dx) != (0, 0)]
     H, W = S.shape[-2:]
+    steps = range(-radius, radius + 1, stride)
+    offsets = [(dy, dx) for dy in steps for dx in steps if (dy, dx) != (0, 0) and abs(dy) < H and abs(dx) < W]
 
     def overlap(dy, dx):
         """Slices of the pixels that have a neighbour at (dy, dx), and of those neighbours."""
         here = (..., slice(max(-dy, 0), H - max(dy, 0)), slice(max(-dx, 0), W - max(dx, 0)))
         there = (..., slice(max(dy, 0), H - max(-dy, 0)), slice(max(dx, 0), W - max(-dx, 0)))
         return here, there
-    offsets = [o for o in offsets if abs(o[0]) < H and abs(o[1]) < W]
+
     kernels, norm = [], torch.zeros_like(S[:, :1])
     for dy, dx in offsets:
         here, there = overlap(dy, dx)
-        k = torch.exp(-(dy**2 + dx**2) / (2 * sigma_xy**2) - ((S[here] - S[there])**2).sum(1, keepdim=True) / (2 * sigma_p**2))
+        apart = ((S[here] - S[there])**2).sum(1, keepdim=True)                     # |Δp|², (B, 1, h, w)
+        k = torch.exp(-(dy**2 + dx**2) / (2 * sigma_xy**2) - apart / (2 * sigma_p**2))
         kernels.append(k)
         norm[here] += k
     Q = S
     for _ in range(iterations):
-        message = torch.zeros_like(Q)
+        message = torch.zeros_like(Q)                                              # Σ over neighbours of k · Q
         for (dy, dx), k in zip(offsets, kernels):
             here, there = overlap(dy, dx)
             message[here] += k * Q[there]
@@ -161,7 +189,9 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
 
 
 def anomaly_scores(models, X, names, args):
-    """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of one forward pass of the model or ensemble."""
+    """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of one forward pass of the model or ensemble.
+
+    An ensemble's msp and entropy are those of its mean softmax; maxlogit and energy those of its mean logits."""
     logits = [f(X).float() for f in models]
     log_S = common.log_softmax(logits[0]) if len(logits) == 1 else mean_softmax(logits)
     scores = {}
@@ -177,6 +207,11 @@ def anomaly_scores(models, X, names, args):
     return scores, log_S
 
 
+def seed_dropout(args, index):
+    """Dropout masks are a function of --seed and the image alone."""
+    torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)
+
+
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
 
 # Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
@@ -184,6 +219,9 @@ def anomaly_scores(models, X, names, args):
 #     auroc        area under the ROC curve, a tied positive/negative pair counting one half
 #     fpr95        FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
 #     fpr95_first  FPR at the highest threshold whose recall reaches 95 %: the textbook definition
+
+METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")
+
 
 def sort_by_class(scores, positive):
     """Split by class and sort: the expensive step, shared by per-image and pooled metrics.
@@ -207,20 +245,20 @@ def curve_metrics(chunks, P, N):
 
     chunks  iterable of non-empty int64 arrays (pos, above, upto), in descending score order, one entry
             per such score: positives at it, negatives strictly above it, negatives above or at it
-    P, N    total positives and negatives, both > 0
+    P, N    total positives and negatives, both > 0, together below 2**32
     Other scores need no entry: between two positives recall is constant, so a run of negatives adds to
     neither area, and FPR is only ever read at its ends.
     """
     tp, ap, pairs, nearest, fpr95, first = 0, 0.0, 0, np.inf, 0, None
     for pos, above, upto in chunks:
         recalled = tp + np.cumsum(pos)
-        ap += float(np.sum(pos * (recalled / (recalled + upto))))
-        pairs += int(np.sum(pos * (above + upto)))   # twice the misordered pairs
+        ap += float(np.sum(pos * (recalled / (recalled + upto))))   # Σ precision · Δrecall, times P
+        pairs += int(np.sum(pos * (above + upto)))                  # twice the misordered pairs
         reached = recalled / P >= 0.95
         if first is None and reached[-1]:
             first = int(upto[np.argmax(reached)])
-         # CAOS scans from the lowest threshold and keeps the first of the nearest: for a recall below 1
-         # the one just before the next positive, whose FP count is `above` of that positive ...
+        # CAOS scans from the lowest threshold and keeps the first of the nearest: for a recall below 1
+        # the one just before the next positive, whose FP count is `above` of that positive ...
         distance = np.abs((recalled - pos) / P - 0.95)
         i = len(pos) - 1 - int(np.argmin(distance[::-1]))
         if distance[i] <= nearest:
@@ -237,194 +275,276 @@ def image_metrics(pos, neg):
     negatives FPR and AUROC are undefined too): a per-image mean skips and counts such images."""
     if not len(pos) or not len(neg):
         return None
-    return curve_metrics([_exact_chunk(pos, neg)], len(pos), len(neg))
+    return curve_metrics(exact_chunks(pos, neg), len(pos), len(neg))
 
 
-def _exact_chunk(pos, neg):
-    """The one chunk of `curve_metrics` for ascending scores of the two classes."""
-    starts = _run_starts(pos)
-    above = len(neg) - np.searchsorted(neg, pos[starts], "right")
-    upto = len(neg) - np.searchsorted(neg, pos[starts], "left")
-    return np.diff(starts, append=len(pos))[::-1], above[::-1], upto[::-1]
+def exact_chunks(pos, neg, size=1 << 20):
+    """The chunks of `curve_metrics` for ascending scores of the two classes, `size` scores at a time."""
+    starts = run_starts(pos)
+    counts = np.diff(starts, append=len(pos))
+    for end in range(len(starts), 0, -size):
+        part = slice(max(0, end - size), end)
+        score = pos[starts[part]][::-1]
+        above = len(neg) - np.searchsorted(neg, score, "right")
+        upto = len(neg) - np.searchsorted(neg, score, "left")
+        yield counts[part][::-1], above, upto
 
 
-def _run_starts(ordered):
+def run_starts(ordered):
     """Index of the first element of every run of equal values."""
     return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:len(ordered)])
 
 
-def _keys(scores):
-    """float32 -> uint32 of the same order; adding 0 turns -0.0 into 0.0."""
-    bits = (scores + np.float32(0)).view(np.int32)
-    bits ^= bits >> 31 | -1 << 31
-    return bits.view(np.uint32)
+# The bins of ScoreHistogram. The bits of a float32, with its sign handled, are an integer of the same order: 1 bit of
+# sign, 8 of exponent, 23 of mantissa. A bin is a sign, an exponent and the upper bits of the mantissa: 19 of them for
+# magnitudes in [1/8, 32), where most scores of models lie, 17 around that, 10 where none do: fewer than 2**24 bins.
+# (15 bits everywhere, the upper half of the integer, put FPR95 off by up to 0.004 points on scores of trained models.)
+POWERS = np.r_[128:-128:-1, -127:129]   # exponent for each upper 9 bits of a key: of negative scores, then of positive
+SHIFTS = np.full(512, 13, np.uint32)    # lower bits of the mantissa that are dropped
+SHIFTS[(POWERS >= -20) & (POWERS < 12)] = 6
+SHIFTS[(POWERS >= -3) & (POWERS < 5)] = 4
+FIRST = np.cumsum(np.append(0, 1 << 23 - SHIFTS.astype(np.int64))).astype(np.uint32)   # bin of mantissa 0, by POWERS
+BINS = int(FIRST[-1])                                                                  # 0.91 · 2**24
 
 
-_TOPS = np.arange(1 << 16)   # values of the upper half of a key
-_SMALL = (0x4100 <= _TOPS) & (_TOPS < 0xBF00)   # score magnitudes below 0.5
-
-
-def _shifts(level):
-    """Bin width (log2) at `level`, uint32 per upper half of a key. Magnitudes below 0.5 lose 6 bits before
-    the others lose any: a probability saturated at 1 (a negative MSP at -1) needs every float32 next to
-    it, while the floats around 0 are dense beyond any need."""
-    return np.where(_SMALL, level, max(0, level - 6)).astype(np.uint32)
+def bin_numbers(scores):
+    """float32 → uint32 bin numbers, of the same order or equal."""
+    bits = (scores + np.float32(0)).view(np.int32)    # adding 0 turns -0.0 into 0.0
+    bits ^= bits >> 31 | -1 << 31                     # negative: all bits inverted; positive: the upper one
+    keys = bits.view(np.uint32)
+    upper = keys >> 23
+    return FIRST[upper] + ((keys & 0x7FFFFF) >> SHIFTS[upper])
 
 
 class ScoreHistogram:
     """Pooled metrics over any number of pixels, in one pass and bounded memory.
 
-    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in bins:
-    a bin counts 2**shift consecutive `_keys`; 2**16 bins share a row of the table, taken when first
-    touched. When rows run out the `level` rises, which doubles bin widths (`_shifts`): it ends as the
-    smallest whose touched rows fit into `limit`, a property of the set of scores alone, and counts are
-    integers. So any order, batching or split over ranks gives identical results. Bins are exact at
-    level 0; normal scores (all magnitudes, both signs) reach level 8, which ties what differs by less
-    than 5e-7 of its value, or 3e-5 of it within (-0.5, 0.5): errors far below 0.001 points, unless
-    most scores are equal but for their last bits.
+    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in a table of 2**24
+    bins a class (128 MiB). Both depend on the set of the scores alone, and counts are integers: any order, batching or
+    split over ranks gives identical results.
+
+    Bins tie scores that differ by less than 2e-6 of their value (magnitudes in [1/8, 32); 8e-6 of it in [2**-20, 4096),
+    1e-3 beyond). On scores of trained models the errors are below 0.001 points. They are not where most scores are
+    nearly tied: a large constant plus small differences, probabilities next to 1 (take the logarithm of 1 − p), the
+    entropies of a network that knows nothing, all next to log N.
     """
 
-    def __init__(self, limit=384, exact=1 << 24):
-        self.limit, self.exact = limit, exact   # limit: at least 3
-        self.total = np.zeros(2, np.int64)   # positives, negatives
-        self.kept = [np.empty((2, 0), np.float32)]   # (pos, neg) as they came; None once there are bins
-        self.table = np.zeros((limit, 2, 1 << 16), np.uint32)   # 512 KiB a row, committed when touched
-        self.free = list(range(limit))
-        self._set_level(0)
+    def __init__(self, exact=1 << 24):
+        self.exact, self.total = exact, np.zeros(2, np.int64)   # total: positives, negatives
+        self.kept = [np.empty((2, 0), np.float32)]              # (pos, neg) of every image, until there is a table
+        self.table = None                                       # uint32 (2, BINS), rows as in total
 
     def add(self, pos, neg):
-        """Count pixels, e.g. of one image; arguments from `sort_by_class`."""
-        self._count((len(pos), len(neg)))
-        if self.kept is None:
-            self._bin(pos, neg)
-        else:
+        """Count pixels, e.g. of one image; arguments from `sort_by_class`. InputError above 2**32 - 1 pixels in all."""
+        self.count((len(pos), len(neg)))
+        if self.table is None:
             self.kept.append((pos, neg))
+        else:
+            self.fill(pos, neg)
 
-    def _count(self, total):
+    def count(self, total):
         self.total += total
-        if self.total.max() > np.iinfo(self.table.dtype).max:   # only then could a bin overflow
-            self.table = self.table.astype(np.uint64)
-        if self.kept is not None and self.total.sum() > self.exact:
-            kept, self.kept = self.kept, None
-            for parts in kept:
-                self._bin(*parts)
+        if self.total.sum() >= 1 << 32:
+            raise common.InputError(f"{self.total.sum()} pixels: the pooled metrics count to {2**32 - 1}; "
+                                    "expected fewer or smaller images")
+        self.make_room(self.total.sum())
 
-    def _bin(self, pos, neg):
-        keys = [_keys(part) for part in (pos, neg)]
-        starts = [_run_starts(k >> 16) for k in keys]
-        self._reserve(np.concatenate([k[s] >> 16 for k, s in zip(keys, starts)]))
-        for cls, (k, s) in enumerate(zip(keys, starts)):
-            tops, lengths = k[s] >> 16, np.diff(s, append=len(k))
-            bins = np.repeat(2 * self.row[self.group[tops]] + cls << 16, lengths)
-            bins += k >> np.repeat(self.shifts[tops], lengths) & 0xFFFF
-            np.add.at(self.table.reshape(-1), bins, self.table.dtype.type(1))
+    def make_room(self, pixels):
+        """Go over from kept scores to the table if so many `pixels` are too many to keep."""
+        if self.table is None and pixels > self.exact:
+            self.table = np.zeros((2, BINS), np.uint32)
+            while self.kept:
+                self.fill(*self.kept.pop())
+
+    def fill(self, *parts):
+        for row, scores in zip(self.table, parts):
+            for piece in np.array_split(scores, 1 + (len(scores) >> 20)):
+                bins = bin_numbers(piece)                       # ascending, so equal ones follow each other
+                starts = run_starts(bins)
+                row[bins[starts]] += np.diff(starts, append=len(bins)).astype(np.uint32)
+
+    def sorted_scores(self):
+        """Ascending (pos, neg) of all that is kept."""
+        if len(self.kept) > 1:
+            self.kept = [[np.concatenate(part) for part in zip(*self.kept)]]
+            for part in self.kept[0]:
+                part.sort()
+        return self.kept[0]
 
     def state(self):
-        """All that was counted, as a dict of numpy arrays: the scores kept, or the touched rows, 512 KiB each."""
-        tops, rows = self._touched()
-        pos, neg = (np.concatenate(parts) for parts in zip(*self.kept or [np.empty((2, 0), np.float32)]))
-        return dict(header=np.array([self.limit, self.exact, self.level, *self.total]), tops=tops,
-                    counts=self.table[rows], pos=pos, neg=neg)
+        """All that was counted, as a dict of numpy arrays: the scores kept, or the bins that are not empty."""
+        if self.table is None:
+            bins, counts, (pos, neg) = np.empty(0, np.uint32), np.empty((2, 0), np.uint32), self.sorted_scores()
+        else:
+            bins, (pos, neg) = np.flatnonzero(self.table.any(0)).astype(np.uint32), np.empty((2, 0), np.float32)
+            counts = self.table[:, bins]
+        return dict(header=np.array([self.exact, *self.total]), bins=bins, counts=counts, pos=pos, neg=neg)
 
     def merge(self, state):
-        """Add the `state()` of another histogram of the same limits, as if its pixels came here."""
-        limit, exact, level, *total = state["header"].tolist()
-        if (limit, exact) != (self.limit, self.exact):
-            raise ValueError(f"cannot merge histograms of limits {self.limit, self.exact} and {limit, exact}")
-        if len(state["pos"]) + len(state["neg"]) == sum(total):
+        """Add the `state()` of another histogram of the same `exact`, as if its pixels came here."""
+        exact, *total = state["header"].tolist()
+        if exact != self.exact:
+            raise ValueError(f"cannot merge histograms that keep {self.exact} and {exact} scores")
+        if len(state["bins"]) == 0:
             return self.add(state["pos"], state["neg"])
-        self._count(total)
-        while self.level < level:
-            self._coarsen()
-        self._reserve(state["tops"])
-        for top, shift, counts in zip(state["tops"], _shifts(level)[state["tops"]], state["counts"]):
-            self._fold_in(top, shift, counts)
+        self.make_room(np.inf)
+        self.count(total)
+        self.table[:, state["bins"]] += state["counts"]
+
+    def chunks(self):
+        """The chunks of `curve_metrics` for all that was counted; a bin is one score."""
+        if self.table is None:
+            yield from exact_chunks(*self.sorted_scores())
+            return
+        fp = 0
+        for end in range(BINS, 0, -1 << 16):
+            pos, neg = self.table[:, max(0, end - (1 << 16)):end][:, ::-1]
+            upto, hit = fp + np.cumsum(neg, dtype=np.int64), np.flatnonzero(pos)
+            if len(hit):
+                yield pos[hit].astype(np.int64), upto[hit] - neg[hit], upto[hit]
+            fp = int(upto[-1])
 
     def metrics(self):
         """`curve_metrics` of all that was counted; None when either class is empty."""
         P, N = self.total.tolist()
-        return curve_metrics(self._chunks(), P, N) if P and N else None
+        return curve_metrics(self.chunks(), P, N) if P and N else None
 
     def curve(self, points=1000):
         """(recall, precision, FPR), each float64 of at most about `points`, along falling thresholds."""
-        P, N = (int(v) for v in self.total)
-        tp, kept, drawn = 0, [(0.0, 1.0, 0.0)], 0
-        for pos, _, upto in self._chunks():
+        P, N = self.total.tolist()
+        tp, drawn, curve = 0, 0, [(0.0, 1.0, 0.0)]
+        for pos, _, upto in self.chunks():
             recalled = tp + np.cumsum(pos)
             steps = recalled * points // P
             for i in np.flatnonzero(np.diff(steps, prepend=drawn)):    # whenever recall passes a step
-                kept.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
-            tp, drawn = (int(recalled[-1]), int(steps[-1])) if len(pos) else (tp, drawn)
-        return np.array([*kept, (1.0, P / (P + N), 1.0)]).T
+                curve.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
+            tp, drawn = int(recalled[-1]), int(steps[-1])
+        return np.array([*curve, (1.0, P / (P + N), 1.0)]).T
 
-    def _chunks(self):
-        if self.kept is not None:
-            yield _exact_chunk(*(np.sort(np.concatenate(parts)) for parts in zip(*self.kept)))
-            return
-        fp = 0
-        for row in self._touched()[1][::-1]:
-            pos, neg = self.table[row, :, ::-1].astype(np.int64)
-            upto, hit = fp + np.cumsum(neg), np.flatnonzero(pos)
-            if len(hit):
-                yield pos[hit], upto[hit] - neg[hit], upto[hit]
-            fp = int(upto[-1])
 
-    def _set_level(self, level):
-        self.level, self.shifts = level, _shifts(level)
-        self.group = (_TOPS >> self.shifts) + (_SMALL << 16)   # of 2**16 bins, per top half of a key
-        self.row = np.full(1 << 17, -1)   # per group; -1: untouched
+# ──────────────────────────────────────────────── protocol ────────────────────────────────────────────────
 
-    def _touched(self):
-        """The rows in use in ascending score order, and the lowest top half of a key in each."""
-        rows = self.row[self.group]
-        starts = _run_starts(rows)
-        tops = starts[rows[starts] >= 0]
-        return tops, rows[tops]
+def shown(path):
+    """A path as text that any file can hold: bytes that are no UTF-8 become \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
-    def _reserve(self, tops):
-        """Give the groups of all `tops` a row; coarsen until they fit."""
-        while True:
-            wanted = np.zeros(len(self.row), bool)
-            wanted[self.group[tops]] = True
-            new = np.flatnonzero(wanted & (self.row < 0))
-            if len(new) <= len(self.free):
-                break
-            self._coarsen()
-        self.row[new] = [self.free.pop() for _ in new]
 
-    def _coarsen(self):
-        """Raise the level by one, folding rows in place."""
-        tops, rows = self._touched()
-        shifts = self.shifts[tops]
-        self._set_level(self.level + 1)
-        for top, row, shift in zip(tops, rows, shifts):
-            counts = self.table[row].copy()
-            self.table[row] = 0
-            self.free.append(row)
-            if self.row[self.group[top]] < 0:
-                self.row[self.group[top]] = self.free.pop()
-            self._fold_in(top, shift, counts)
+def short_names(paths):
+    """A label for each file: its stem, with as many folders before it as tell it from the others.
 
-    def _fold_in(self, top, shift, counts):
-        """Add a row (2, 2**16) of a lower level, where the group of `top` had that shift."""
-        now = self.shifts[top]
-        width = max(1, 1 << 16 >> now - shift)
-        start = (top >> shift << shift << 16 >> now) & 0xFFFF
-        self.table[self.row[self.group[top]], :, start:start + width] += \
-            counts.reshape(2, width, -1).sum(-1, dtype=self.table.dtype)
+    run0/ft.pt, run1/ft.pt, pretrained.pt → run0/ft, run1/ft, pretrained. Raises InputError for a file named twice."""
+    parts = [Path(os.path.abspath(p)).with_suffix("").parts for p in paths]
+    names = []
+    for i, mine in enumerate(parts):
+        if mine in parts[:i]:
+            raise common.InputError(f"{paths[i]}: its name is taken by {paths[parts.index(mine)]}; "
+                                    "expected files of different names")
+        k = next(k for k in range(1, len(mine) + 1) if sum(p[-k:] == mine[-k:] for p in parts if p != mine) == 0)
+        names.append(shown("/".join(mine[-k:])))
+    return names
 
+
+def load_models(args, device):
+    """({label: [f, …]}, {path: checkpoint}), --ckpt first. Raises InputError where their classes differ."""
+    paths = [*args.ckpt, *args.baseline]
+    name = dict(zip(paths, short_names(paths)))
+    loaded = {path: common.load_checkpoint(path) for path in paths}
+    classes = loaded[paths[0]][1]["classes"]
+    for path, (_, checkpoint) in loaded.items():
+        if checkpoint["classes"] != classes:
+            raise common.InputError(f"{path}: its classes are not those of {paths[0]}: {len(checkpoint['classes'])} "
+                                    f"and {len(classes)}; expected the same")
+    models = {"+".join(name[p] for p in group): [loaded[p][0].to(device).requires_grad_(False) for p in group]
+              for group in (args.ckpt, *([p] for p in args.baseline))}
+    return models, {path: checkpoint for path, (_, checkpoint) in loaded.items()}
+
+
+def open_scenes(args, checkpoint):
+    """The split to evaluate on: --data and --root, else the checkpoint's. Raises InputError for other classes; a data
+    set without classes (labels that tell anomalies alone) suits every checkpoint."""
+    data = args.data or checkpoint["data"]
+    own = data == checkpoint["data"]
+    with common.first_rank_first():
+        root = args.root or common.default_root(data, checkpoint["root"] if own else None)
+        scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if own else None)
+    if scenes.classes and scenes.classes != checkpoint["classes"]:
+        raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; "
+                                f"the checkpoint {', '.join(checkpoint['classes'])}")
+    return scenes
+
+
+def ignored_labels(args, scenes, checkpoints):
+    """(bool (256,): labels whose pixels are left out, names of the classes among them by choice)."""
+    classes = next(iter(checkpoints.values()))["classes"]
+    left_out = args.ignore_classes
+    if left_out is None:   # the pilot study's
+        left_out = sorted({k for c in checkpoints.values() for k in c.get("known_unknown") or ()})
+    ignore = np.zeros(256, bool)
+    ignore[common.class_indices(left_out, classes, "--ignore-classes")] = True
+    if args.unlabeled == "ignore":
+        ignore[[common.IGNORED, *common.class_indices(scenes.spec.get("unlabeled", ()), classes, "unlabeled")]] = True
+    return ignore, list(left_out)
+
+
+def named_panels(wanted, scenes):
+    """Indices of the images whose paths end in the names of --panels, by whole parts: 5.png is not 15.png.
+
+    None where --panels is a number. Raises InputError for a name that no image has."""
+    if len(wanted) == 1 and wanted[0].isdecimal():
+        return None
+    found = []
+    for name in wanted:
+        end = Path(name).parts
+        hits = [i for i in range(len(scenes)) if end and Path(scenes.name(i)).parts[-len(end):] == end]
+        if not hits:
+            raise common.InputError(f"--panels {name}: no image of the {scenes.split} split ends in that name")
+        found += [i for i in hits if i not in found]
+    return found
+
+
+def describe(args, scenes, counts, left_out, both, checkpoints):
+    """The protocol of results.json: what was counted and how. `both`: images with anomalies and negatives."""
+    classes = next(iter(checkpoints.values()))["classes"]
+    pixels, anomalous, ignored = (sum(c[k] for c in counts.values()) for k in ("pixels", "anomalous", "ignored"))
+    special = {common.IGNORED: "no known class", common.ANOMALY: "anomaly", common.KNOWN: "known, of no told class"}
+    return dict(
+        data=scenes.data, split=args.split, images=len(counts), resolution=sorted({c["size"] for c in counts.values()}),
+        positives="anomalous pixels",
+        class_ids={str(k): special.get(v) or classes[v]
+                   for k, v in enumerate(scenes.lut.tolist()) if v != common.FOREIGN},
+        unlabeled=", ".join((f"{args.unlabeled}: ids without a known class", *scenes.spec.get("unlabeled", ()))),
+        ignored_classes=left_out, pixels=pixels, ignored_pixels=ignored, ignored_share=round(100 * ignored / pixels, 4),
+        base_rate=round(100 * anomalous / max(pixels - ignored, 1), 4),
+        images_without_anomaly_or_negative=len(counts) - both,
+        per_image=f"mean over the {both} images that hold both", pooled="all pixels at once",
+        fpr95="recall nearest to 0.95, larger FPR on ties (CAOS); "
+              "fpr95_first: first threshold with recall of at least 0.95",
+        miou="over the classes present in the labels, ignored_classes included",
+        checkpoints={shown(path): common.fingerprint(path) for path in checkpoints})
+
+
+def environment(device):
+    """What the numbers were computed with; nothing that differs between runs on one machine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                numpy=np.__version__, device=name)
+
+
+# ─────────────────────────────────────────────── evaluation ───────────────────────────────────────────────
 
 class Tally:
     """What one model accumulates over the images of this rank."""
 
     def __init__(self, score_names, N):
+        self.N = N
         self.histograms = {s: ScoreHistogram() for s in score_names}
         self.confusion = torch.zeros(N, N, dtype=torch.int64)
-        self.threshold = np.zeros((3, 1001), np.int64)   # pixels with max S in ((k − 1)/1000, k/1000]: right, known, anomalous
+        # Pixels with max S in ((k − 1)/1000, k/1000], k = 0..1000: known and right, known, anomalous (Fig. 4)
+        self.threshold = np.zeros((3, 1001), np.int64)
         self.images = {}                                 # index → {score: metrics or None}
 
-    def add(self, index, scores, top, prediction, Z, ignored, N):
-        """scores {name: (H, W)}, top = max S (H, W), prediction and Z (H, W): one image."""
+    def add(self, index, scores, top, prediction, Z, ignored):
+        """One image: scores {name: float32 (H, W)}, top = max S, prediction and Z uint8, ignored bool, all (H, W)."""
         keep = ~ignored
         positive = (Z == common.ANOMALY)[keep]
         self.images[index] = {}
@@ -432,27 +552,22 @@ class Tally:
             pos, neg = sort_by_class(score[keep], positive)
             self.histograms[name].add(pos, neg)
             self.images[index][name] = image_metrics(pos, neg)
-        self.confusion += common.confusion(torch.from_numpy(prediction), torch.from_numpy(Z), N)
-        known, bins = (Z < N) & keep, np.ceil(top * 1000).astype(np.int64).clip(0, 1000)
+        self.confusion += common.confusion(torch.from_numpy(prediction), torch.from_numpy(Z), self.N)
+        known = (Z < self.N) & keep
+        bins = np.ceil(top * 1000).astype(np.int64).clip(0, 1000)
         for row, mask in zip(self.threshold, (known & (prediction == Z), known, Z == common.ANOMALY)):
             row += np.bincount(bins[mask], minlength=1001)
 
     def merge_ranks(self):
-        """The tally of all ranks, on rank 0: counts are integers, so the numbers do not depend on how it was split."""
+        """Gather the tally of all ranks on rank 0: counts are integers, so no number depends on how it was split."""
         common.all_sum(self.confusion)
         self.threshold = common.all_sum(torch.from_numpy(self.threshold)).numpy()
         self.images = {k: v for part in common.gather(self.images) for k, v in part.items()}
         for histogram in self.histograms.values():
+            pixels = common.all_sum(torch.tensor(histogram.total.sum()))
+            histogram.make_room(int(pixels))             # the bins of many scores are fewer than these
             for state in common.gather_first(histogram.state)[1:]:
                 histogram.merge(state)
-
-
-def figures(tally, name, order):
-    """{"pooled": …, "per_image": …} of one score, in percent to 4 decimals; None where there is no anomalous pixel."""
-    rounded = lambda m: m and {k: round(m[k], 4) for k in METRICS}
-    images = [m for m in (tally.images[i][name] for i in order) if m]
-    return dict(pooled=rounded(tally.histograms[name].metrics()),
-                per_image=rounded({k: float(np.mean([m[k] for m in images])) for k in METRICS} if images else None))
 
 
 @torch.no_grad()
@@ -460,38 +575,36 @@ def evaluate(models, scenes, ignore, args, device):
     """Run every model of {label: [f, …]} over the split; {label: Tally}, {index: pixel counts}, seconds by part.
 
     Loading and metrics run in threads beside the forward pass. `ignore` (256,) bool says which labels are left out."""
-    N = len(scenes.classes)
-    tallies = {label: Tally(args.score, N) for label in models}
+    tallies = {label: Tally(args.score, fs[0].num_classes) for label, fs in models.items()}
     counts, spent = {}, dict(forward=0.0, metrics=0.0)
 
-    def account(item, label, scores, top, prediction):
+    def account(item, label, maps):
         begun = time.perf_counter()
-        Z = item["label"].numpy()
+        Z, index = item["label"].numpy(), item["index"]
         ignored = ignore[Z]
+        *scores, top, prediction = maps
         try:
-            tallies[label].add(item["index"], scores, top, prediction, Z, ignored, N)
+            tallies[label].add(index, dict(zip(args.score, scores)), top, prediction.astype(np.uint8), Z, ignored)
         except ValueError as e:
-            raise common.InputError(f"{scenes.name(item['index'])}: {e} under {label}")
-        counts[item["index"]] = dict(anomalous=int((Z == common.ANOMALY).sum()), ignored=int(ignored.sum()), pixels=Z.size,
-                                     size=f"{Z.shape[1]}×{Z.shape[0]}")
+            raise common.InputError(f"{scenes.name(index)}: {e} under {label}")
+        counts[index] = dict(pixels=Z.size, anomalous=int((Z == common.ANOMALY).sum()), ignored=int(ignored.sum()),
+                             size=f"{Z.shape[1]}×{Z.shape[0]}")
         spent["metrics"] += time.perf_counter() - begun
 
-    cuda, share = device.type == "cuda", range(common.rank(), len(scenes), common.world())
-    with ThreadPoolExecutor(args.workers or (8 if cuda else 1)) as readers, ThreadPoolExecutor(1) as accountant:
+    threads = args.workers or (8 if device.type == "cuda" else 1)
+    share = range(common.rank(), len(scenes), common.world())   # every image once, whatever the number of ranks
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as accountant:
         loading, waiting = deque(), deque()
         for n in common.progress(range(len(share)), "evaluating", unit="image"):
             while len(loading) < args.batch_size and n + len(loading) < len(share):
                 loading.append(readers.submit(scenes.__getitem__, share[n + len(loading)]))
             item = loading.popleft().result()
-            X = common.to_input(item["image"][None], device)   # one image at a time: no number depends on its neighbours
+            X = common.to_input(item["image"][None], device)    # one image: no number depends on its neighbours
             for label, fs in models.items():
                 begun = time.perf_counter()
-                torch.manual_seed(args.seed * 1_000_003 + item["index"])   # dropout masks
-                scores, log_S = anomaly_scores(fs, X, args.score, args)
-                top, prediction = log_S[0].max(0)
-                done = ({k: v[0].cpu().numpy() for k, v in scores.items()}, top.exp().cpu().numpy(), prediction.to(torch.uint8).cpu().numpy())
+                maps = image_maps(fs, X, item["index"], args)
                 spent["forward"] += time.perf_counter() - begun
-                waiting.append(accountant.submit(account, item, label, *done))
+                waiting.append(accountant.submit(account, item, label, maps))
             while len(waiting) > 2 * len(models):
                 waiting.popleft().result()
         for job in waiting:
@@ -501,9 +614,105 @@ def evaluate(models, scenes, ignore, args, device):
     return tallies, {k: v for part in common.gather(counts) for k, v in part.items()}, spent
 
 
+def image_maps(fs, X, index, args):
+    """Every score, max S and the predicted class of one image: float32 (scores + 2, H, W), in one copy to the CPU."""
+    seed_dropout(args, index)
+    scores, log_S = anomaly_scores(fs, X, args.score, args)
+    log_top, prediction = log_S[0].max(0)
+    return torch.stack([*(scores[s][0] for s in args.score), log_top.exp(), prediction.float()]).cpu().numpy()
+
+
+# ──────────────────────────────────────────────── results ────────────────────────────────────────────────
+
+FIGURES = ("panels.png", "threshold.png", "curves.png")
+PHOTOGRAPH = ("_anomaly.png", "_classes.png", "_score.npy")   # what each photograph gets
+MARK = "evaluate.py, anomaly-aware semantic segmentation"     # in every PNG of this script
+
+
+def figures(tally, name, order):
+    """{"pooled": …, "per_image": …} of one score, in percent to 4 decimals; None where a side has no pixel."""
+    rounded = lambda m: m and {k: round(m[k], 4) for k in METRICS}
+    images = [m for m in (tally.images[i][name] for i in order) if m]
+    mean = {k: float(np.mean([m[k] for m in images])) for k in METRICS} if images else None
+    return dict(pooled=rounded(tally.histograms[name].metrics()), per_image=rounded(mean))
+
+
+def table_rows(tallies, scores, order, classes):
+    """A row for each model and score: anomaly metrics, mIoU, IoU of each class, pixel accuracy, in percent."""
+    rounded = lambda v: v if v is None else round(v, 4)
+    rows = []
+    for label, tally in tallies.items():
+        segmentation = common.segmentation_metrics(tally.confusion, classes)
+        iou = {c: rounded(v) for c, v in segmentation["iou"].items()}
+        segmentation = {**{k: rounded(segmentation[k]) for k in segmentation if k != "iou"}, "iou": iou}
+        rows += [dict(model=label, score=s, **figures(tally, s, order), **segmentation) for s in scores]
+    return rows
+
+
+def report(rows, protocol, data):
+    """Print the table: ours first, then the paper's, marked as such."""
+    kept = protocol["pixels"] - protocol["ignored_pixels"]
+    side = "no pixel counts" if not kept else "no anomalous pixel" if not protocol["base_rate"] else "no negative pixel"
+    hidden = ("class_ids", "checkpoints", "fpr95")
+    print("\nprotocol: " + " · ".join(f"{k} {v}" for k, v in protocol.items() if k not in hidden))
+    width = max(12, *(len(r["model"]) for r in rows))
+    print(f"\n{'':{width}}           pooled                        per-image mean\n"
+          f"{'model':{width}} score     AUPR   AUROC  FPR95 (first)    AUPR   AUROC  FPR95 (first)    mIoU  pixel acc.")
+    for r in rows:
+        cells = []
+        for m, lacking in ((r["pooled"], side), (r["per_image"], side if not r["pooled"] else "no image holds both")):
+            cells.append(f"{m['aupr']:6.2f}  {m['auroc']:6.2f} {m['fpr95']:6.2f} ({m['fpr95_first']:5.2f})" if m else
+                         f"{lacking:30}")
+        semantic = [f"{'–' if v is None else f'{v:.2f}':>{w}}" for v, w in ((r["miou"], 6), (r["pixel_accuracy"], 7))]
+        print(f"{r['model']:{width}} {r['score']:8} {'  '.join(cells)}  {' '.join(semantic)}")
+    if data in PAPER_ROWS:
+        print("\nthe paper's numbers (Table II, III; per-image mean as in the CAOS code, as far as it says):")
+        for name, aupr, auroc, fpr in PAPER_ROWS[data]:
+            print(f"  paper  {name:40} {aupr:6.1f} {auroc:6.1f} {fpr:6.1f}")
+    told = [f"{c} {v:.1f}" for c, v in rows[0]["iou"].items() if v is not None]
+    print("per class IoU: " + (", ".join(told) or "no pixel of a known class") + "\n", flush=True)
+
+
+def check_writable(out):
+    """InputError before the work, not after it, where its results could not be written. Makes the folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as e:
+        raise common.InputError(f"--out {out}: cannot be written: {e.strerror}; expected a folder with room")
+
+
+def own_picture(path):
+    """Whether a file is an image that this script wrote."""
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == MARK
+    except Exception:   # whatever a damaged file makes Pillow raise
+        return False
+
+
+def own_file(path):
+    """Whether a file in a folder of photographs is a result of this script."""
+    path = Path(path)
+    if path.name.endswith("_score.npy"):
+        path = path.with_name(path.name.removesuffix("_score.npy") + "_anomaly.png")
+    return path.name == "results.json" or own_picture(path)
+
+
+def remove_earlier(out, evaluation):
+    """A folder holds one run: remove an earlier one's overlays and, for an evaluation, its results."""
+    names = sorted(p.name for p in out.iterdir() if p.is_file() and p.name.endswith(PHOTOGRAPH) and own_file(p))
+    names += [n for n in ("results.json", *FIGURES) if evaluation and (out / n).is_file()]
+    for name in names:
+        (out / name).unlink()
+
+
 # ──────────────────────────────────────────────── figures ────────────────────────────────────────────────
 
 def pyplot():
+    """matplotlib.pyplot, imported where it is needed and without a display."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -511,8 +720,9 @@ def pyplot():
 
 
 def save_figure(fig, path):
+    """As a PNG with this script's mark."""
     with common.replacing(path) as temporary:
-        fig.savefig(temporary, dpi=150, format="png", bbox_inches="tight")
+        fig.savefig(temporary, dpi=150, format="png", bbox_inches="tight", metadata={"Software": MARK})
     pyplot().close(fig)
 
 
@@ -524,36 +734,45 @@ def class_colours(N):
     return colours
 
 
-def draw_panels(models, scenes, chosen, name, args, device, path):
-    """Fig. 3: a row per image: the image, its label, the anomaly map of every model on one scale."""
-    plt = pyplot()
-    N, maps = len(scenes.classes), {}
+def panel_maps(models, scenes, chosen, name, args, device):
+    """{(index, label): the anomaly map (H, W)} and the ends of one colour scale for all of them.
+
+    Scores that are log(1 − max S) are drawn as 1 − max S, in [0, 1 − 1/N]; others between percentiles 1 and 99."""
+    maps = {}
     with torch.inference_mode():
         for i in chosen:
             X = common.to_input(scenes[i]["image"][None], device)
             for label, fs in models.items():
-                torch.manual_seed(args.seed * 1_000_003 + i)   # the dropout masks of the evaluation
+                seed_dropout(args, i)   # the masks of the evaluation
                 maps[i, label] = anomaly_scores(fs, X, [name], args)[0][name][0].cpu().numpy()
-    if name in ("msp", "dropout", "crf"):   # drawn as 1 − max S
-        maps = {k: np.exp(v) for k, v in maps.items()}
-        low, high = 0, 1 - 1 / N
-    else:
-        low, high = (float(np.percentile(np.concatenate([m.ravel() for m in maps.values()]), q)) for q in (1, 99))
+    if name in ("msp", "dropout", "crf"):
+        N = next(iter(models.values()))[0].num_classes
+        return {k: np.exp(v) for k, v in maps.items()}, 0, 1 - 1 / N
+    low, high = np.percentile(np.concatenate([m.ravel() for m in maps.values()]), (1, 99))
+    return maps, float(low), float(high)
+
+
+def draw_panels(models, scenes, chosen, name, args, device, path):
+    """Fig. 3: a row for each image: the image, its label, the anomaly map of every model on one scale."""
+    plt = pyplot()
+    maps, low, high = panel_maps(models, scenes, chosen, name, args, device)
+    colours = class_colours(next(iter(models.values()))[0].num_classes)
     H, W = scenes[chosen[0]]["label"].shape
-    fig, axes = plt.subplots(len(chosen), 2 + len(models), squeeze=False, layout="constrained",
-                             figsize=(3 * (2 + len(models)) + 0.8, 3 * H / W * len(chosen) + 0.3))
+    size = 3 * (2 + len(models)) + 0.8, 3 * H / W * len(chosen) + 0.3
+    fig, axes = plt.subplots(len(chosen), 2 + len(models), squeeze=False, layout="constrained", figsize=size)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for row, i in zip(axes, chosen):
         item = scenes[i]
         row[0].imshow(item["image"].permute(1, 2, 0))
-        row[1].imshow(class_colours(N)[item["label"].numpy()])
+        row[1].imshow(colours[item["label"].numpy()])
         for cell, label in zip(row[2:], models):
-            shown = cell.imshow(maps[i, label], vmin=low, vmax=high, cmap="viridis")
+            drawn = cell.imshow(maps[i, label], vmin=low, vmax=high, cmap="viridis")
     for cell, title in zip(axes[0], ("image", "label (anomaly: sky blue)", *models)):
         cell.set_title(title, fontsize=9)
     for cell in axes.flat:
         cell.axis("off")
-    fig.colorbar(shown, ax=axes, label="1 − max softmax" if high == 1 - 1 / N else name, fraction=0.03, pad=0.01)
+    label = "1 − max softmax" if name in ("msp", "dropout", "crf") else name
+    fig.colorbar(drawn, ax=axes, label=label, fraction=0.03, pad=0.01)
     save_figure(fig, path)
 
 
@@ -564,10 +783,11 @@ def draw_threshold(tallies, path):
     fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
     delta = np.arange(1001) / 1000
     for k, (label, tally) in enumerate(tallies.items()):
-        flagged = 100 * tally.threshold.cumsum(1) / np.maximum(tally.threshold.sum(1, keepdims=True), 1)   # max S ≤ δ
-        right = 100 * tally.threshold[0].sum() / max(tally.threshold[1].sum(), 1)
-        ax.plot(delta, right * (1 - flagged[0] / 100), color=f"C{k}", label=f"{label}: semantic accuracy")
-        ax.plot(delta, flagged[2], color=f"C{k}", ls="--", label=f"{label}: anomaly accuracy")
+        below = tally.threshold.cumsum(1)                            # pixels with max S ≤ δ: flagged (Eq. 2)
+        right, known, anomalous = np.maximum(tally.threshold.sum(1), 1)
+        kept_right = tally.threshold[0].sum() - below[0]
+        ax.plot(delta, 100 * kept_right / known, color=f"C{k}", label=f"{label}: semantic accuracy")
+        ax.plot(delta, 100 * below[2] / anomalous, color=f"C{k}", ls="--", label=f"{label}: anomaly accuracy")
     ax.set(xlabel="threshold δ (Eq. 2)", ylabel="accuracy (%)", xlim=(0, 1), ylim=(0, 100))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
@@ -575,16 +795,17 @@ def draw_threshold(tallies, path):
 
 
 def draw_curves(rows, tallies, path):
-    """Precision-recall and ROC curves of the pooled pixels, every row of the table in one axes each."""
+    """Precision-recall and ROC curves of the pooled pixels, every row of the table in one axes each.
+
+    A colour for each score and a line style for each model; with one score, a colour for each model."""
     plt = pyplot()
     fig, (pr, roc) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    labels, scores = (list(dict.fromkeys(row[k] for row in rows)) for k in ("model", "score"))
     highest = 0.01
-    kinds = [list(dict.fromkeys(row[k] for row in rows)) for k in ("model", "score")]
-    for row in rows:   # a colour for each score and a line style for each model; with one score, a colour for each model
-        m, k = (values.index(row[key]) for values, key in zip(kinds, ("model", "score")))
-        style = dict(color=f"C{k}", ls=("-", "--", ":", "-.")[m % 4]) if len(kinds[1]) > 1 else dict(color=f"C{m}")
-        histogram = tallies[row["model"]].histograms[row["score"]]
-        recall, precision, fpr = histogram.curve()
+    for row in rows:
+        m, s = labels.index(row["model"]), scores.index(row["score"])
+        style = dict(color=f"C{s}", ls=("-", "--", ":", "-.")[m % 4]) if len(scores) > 1 else dict(color=f"C{m}")
+        recall, precision, fpr = tallies[row["model"]].histograms[row["score"]].curve()
         label = f"{row['model']}, {row['score']}"
         highest = max(highest, precision[recall > 0.02].max())   # the first few pixels may have any precision
         pr.plot(recall, precision, **style, label=f"{label}: AUPR {row['pooled']['aupr']:.1f}")
@@ -598,42 +819,123 @@ def draw_curves(rows, tallies, path):
     save_figure(fig, path)
 
 
-@torch.inference_mode()
-def photographs(models, paths, classes, args, device, out):
-    """For each photograph NAME: NAME_anomaly.png and NAME_classes.png (overlays at its own size), NAME_score.npy."""
-    files = [f for p in map(Path, paths) for f in (sorted(q for q in p.iterdir() if q.suffix.lower() in Image.registered_extensions())
-                                                   if p.is_dir() else [p])]
-    if not files:
+# ─────────────────────────────────────────────── photographs ───────────────────────────────────────────────
+
+def within(path, folder):
+    """Whether a path is a folder or lies in it, wherever links lead."""
+    path, folder = Path(path).resolve(), Path(folder).resolve()
+    return folder == path or folder in path.parents
+
+
+def find_photographs(paths, out):
+    """({file: name of its results}, {file: why it cannot be read}) of photographs and folders, sub-folders included.
+
+    Left out are hidden files, results of this script and, unless it is asked for, what lies in `out`. The name of a
+    file in a sub-folder begins with that folder's. Raises InputError for two photographs of one name, and for none."""
+    found = {}
+    for given in paths:
+        if not os.path.isdir(given):
+            found[given] = Path(given).stem
+            continue
+        for file in sorted(common.walk(given)):
+            if own_file(file) or within(file, out) and not within(given, out):
+                continue
+            found[file] = "_".join(Path(file).relative_to(given).with_suffix("").parts)
+    if not found:
         raise common.InputError(f"{', '.join(paths)}: no photographs; expected image files")
-    if len({f.stem for f in files}) < len(files):
-        raise common.InputError(f"{', '.join(paths)}: two photographs have the same name; expected different ones")
-    plt, N, name = pyplot(), len(classes), args.score[0]
-    for path in common.progress(files, "photographs"):
+    photographs, unread, first = {}, {}, {}
+    for file, name in found.items():
         try:
-            with Image.open(path) as opened:
-                photo = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise common.InputError(f"{path}: cannot be read as an image: {e}")
-        shrink = min(1, args.max_side / max(photo.size))
-        seen = photo.resize([max(32, round(shrink * s)) for s in photo.size], Image.LANCZOS) if shrink < 1 else photo
-        X = common.to_input(torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None], device)
-        scores, log_S = anomaly_scores(models, X, [name], args)
-        own = lambda t: nn.functional.interpolate(t, photo.size[::-1], mode="bilinear", align_corners=False)
-        score = own(scores[name][None])[0, 0].cpu().numpy()
-        predicted = own(log_S).argmax(1)[0].cpu().numpy()
-        shown = np.exp(score) / (1 - 1 / N) if name in ("msp", "dropout", "crf") else \
-            (score - score.min()) / max(float(np.ptp(score)), 1e-9)
-        grey = np.asarray(photo).astype(float)
-        for kind, colour, weight in (("anomaly", 255 * plt.get_cmap("viridis")(shown.clip(0, 1))[..., :3], 0.6),
-                                     ("classes", class_colours(N)[predicted], 0.5)):
-            with common.replacing(out / f"{path.stem}_{kind}.png") as temporary:
-                Image.fromarray(((1 - weight) * grey + weight * colour).round().astype(np.uint8)).save(temporary, "PNG")
-        with common.replacing(out / f"{path.stem}_score.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, score)
-        seen_classes = np.bincount(predicted.ravel(), minlength=N)
-        common.say(f"{path}: {photo.width}×{photo.height}, {name} from {score.min():.3f} to {score.max():.3f}; mostly "
-                   + ", ".join(f"{classes[c]} {100 * seen_classes[c] / predicted.size:.0f} %" for c in seen_classes.argsort()[::-1][:3]))
-    common.say(f"wrote {out}: {len(files)} photographs, each _anomaly.png, _classes.png, _score.npy")
+            with Image.open(file):
+                pass
+        except Exception as e:   # whatever a damaged file makes Pillow raise
+            unread[file] = f"{file}: cannot be read as an image: {e or type(e).__name__}"
+            continue
+        if name in first:
+            raise common.InputError(f"{first[name]} and {file}: two photographs whose results would have one name, "
+                                    f"{name}; expected different names")
+        first[name] = file
+        photographs[file] = name
+    return photographs, unread
+
+
+@torch.inference_mode()
+def photograph_maps(models, pixels, name, args, device):
+    """(score float32, predicted class uint8), (H, W) each, of pixels (H, W, 3) that f sees at --max-side.
+
+    Classes are upsampled one at a time: all N at once would take N float32 maps of the photograph's size."""
+    H, W = pixels.shape[:2]
+    shrink = min(1, args.max_side / max(H, W))
+    if shrink < 1:
+        size = [max(32, round(shrink * s)) for s in (W, H)]
+        seen = np.array(Image.fromarray(pixels).resize(size, Image.LANCZOS))
+    else:
+        seen = pixels
+    X = common.to_input(torch.from_numpy(seen).permute(2, 0, 1)[None], device)
+    seed_dropout(args, 0)
+    scores, log_S = anomaly_scores(models, X, [name], args)
+    if not torch.isfinite(scores[name]).all():
+        raise common.InputError("non-finite anomaly score")
+    own = lambda t: nn.functional.interpolate(t, (H, W), mode="bilinear", align_corners=False)[0, 0]
+    best = own(log_S[:, :1])
+    predicted = torch.zeros(H, W, dtype=torch.uint8, device=device)
+    for c in range(1, log_S.shape[1]):
+        value = own(log_S[:, c:c + 1])
+        predicted[value > best] = c
+        torch.maximum(best, value, out=best)
+    return own(scores[name][None]).cpu().numpy(), predicted.cpu().numpy()
+
+
+def save_overlays(out, stem, pixels, score, predicted, name, N):
+    """out/STEM_anomaly.png, STEM_classes.png, STEM_score.npy of pixels uint8 (H, W, 3) and their maps (H, W).
+
+    The overlays are mixed in uint8: a photograph may have 100 megapixels."""
+    if name in ("msp", "dropout", "crf"):
+        share = np.exp(score) / (1 - 1 / N)                        # (1 − max S) of its largest value
+    else:
+        share = (score - score.min()) / max(float(np.ptp(score)), 1e-9)
+    viridis = (255 * pyplot().get_cmap("viridis")(np.arange(256))[:, :3]).round().astype(np.uint8)
+    levels = (255.999 * share.clip(0, 1)).astype(np.uint8)
+    mark = PngInfo()
+    mark.add_text("Software", MARK)
+    photo = Image.fromarray(pixels)
+    for suffix, table, index, weight in (("_anomaly.png", viridis, levels, 0.6),
+                                         ("_classes.png", class_colours(N), predicted, 0.5)):
+        with common.replacing(out / f"{stem}{suffix}") as temporary:
+            Image.blend(photo, Image.fromarray(table[index]), weight).save(temporary, "PNG", pnginfo=mark)
+    with common.replacing(out / f"{stem}_score.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, score)
+
+
+def photographs(models, classes, args, device, out):
+    """For each photograph NAME: NAME_anomaly.png and NAME_classes.png (overlays at its own size), NAME_score.npy.
+
+    Raises InputError at the end, with a line for each file that could not be read or scored."""
+    warnings.filterwarnings("ignore", module="PIL")   # its remarks on odd files: what cannot be read is listed
+    files, failed = find_photographs(args.images, out)
+    name, N = args.score[0], len(classes)
+    originals = {os.path.realpath(p) for p in files}
+    for result in (out / f"{stem}{suffix}" for stem in files.values() for suffix in PHOTOGRAPH):
+        if os.path.realpath(result) in originals:
+            raise common.InputError(f"{result}: a photograph, which a result would replace; expected another --out")
+    remove_earlier(out, evaluation=False)
+    for path, stem in common.progress(files.items(), "photographs"):
+        try:
+            pixels = common.read_image(path, upright=True)
+            score, predicted = photograph_maps(models, pixels, name, args, device)
+        except common.InputError as e:
+            failed[path] = str(e) if str(e).startswith(str(path)) else f"{path}: {e}"
+            continue
+        save_overlays(out, stem, pixels, score, predicted, name, N)
+        seen = np.bincount(predicted.ravel(), minlength=N)
+        most = ", ".join(f"{classes[c]} {100 * seen[c] / predicted.size:.0f} %" for c in seen.argsort()[::-1][:3])
+        common.say(f"{path}: {pixels.shape[1]}×{pixels.shape[0]}, {name} from {score.min():.3f} to {score.max():.3f}; "
+                   f"mostly {most}")
+    done = len(files) - sum(path in failed for path in files)
+    common.say(f"wrote {out}: {done} photographs, each {', '.join(PHOTOGRAPH)}")
+    if failed:
+        raise common.InputError(f"{len(failed)} of {done + len(failed)} files were not done:\n    "
+                                + "\n    ".join(failed.values()))
 
 
 # ───────────────────────────────────────────────── main ─────────────────────────────────────────────────
@@ -642,100 +944,54 @@ def main():
     args = parse()
     device = common.setup(args.device)
     out = Path(args.out)
-    models, checkpoints = {}, {}
-    for label, paths in (("+".join(Path(c).stem for c in args.ckpt), args.ckpt), *((Path(b).stem, [b]) for b in args.baseline)):
-        if label in models:
-            raise common.InputError(f"--baseline {paths[0]}: its name is taken; expected files of different names")
-        loaded = [common.load_checkpoint(c) for c in paths]
-        for (f, c), path in zip(loaded, paths):
-            checkpoints[str(path)] = c
-            reference = next(iter(checkpoints.values()))
-            if c["classes"] != reference["classes"]:
-                raise common.InputError(f"{path}: its classes are not those of {args.ckpt[0]}: {len(c['classes'])} and "
-                                        f"{len(reference['classes'])}; expected the same")
-        models[label] = [f.to(device).requires_grad_(False) for f, _ in loaded]
-    checkpoint = next(iter(checkpoints.values()))
-    classes, main_label = checkpoint["classes"], next(iter(models))
+
+    # Models, and photographs where there are any
+    models, checkpoints = load_models(args, device)
+    main_label, checkpoint = next(iter(models)), next(iter(checkpoints.values()))
     common.say(common.about_run(device, models[main_label][0]))
     if args.images:
         if common.rank() == 0:
-            photographs(models[main_label], args.images, classes, args, device, out)
+            check_writable(out)
+            with common.locked(out / "results.json"):
+                photographs(models[main_label], checkpoint["classes"], args, device, out)
         return
 
-    data = args.data or checkpoint["data"]
-    with common.first_rank_first():
-        root = args.root or common.default_root(data, checkpoint["root"] if data == checkpoint["data"] else None)
-        scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if data == checkpoint["data"] else None)
-    if scenes.classes != classes:
-        raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; the checkpoint {', '.join(classes)}")
-    left_out = args.ignore_classes if args.ignore_classes is not None else \
-        sorted({k for c in checkpoints.values() for k in c.get("known_unknown") or ()})
-    unlabeled = scenes.spec.get("unlabeled", ())
-    ignore = np.zeros(256, bool)
-    ignore[common.class_indices(left_out, classes, "--ignore-classes")] = True
-    if args.unlabeled == "ignore":
-        ignore[[common.IGNORED, *common.class_indices(unlabeled, classes, "unlabeled")]] = True
+    # Data and protocol
+    scenes = open_scenes(args, checkpoint)
+    ignore, left_out = ignored_labels(args, scenes, checkpoints)
+    chosen = named_panels(args.panels, scenes)
+    if common.rank() == 0:
+        check_writable(out)
 
-    named = [next((i for i in range(len(scenes)) if scenes.name(i).endswith(n)), n) for n in args.panels]
-    if len(args.panels) == 1 and args.panels[0].isdigit():
-        named = None   # a number of images, chosen when their anomalies are known
-    for n in named or ():
-        if isinstance(n, str):
-            raise common.InputError(f"--panels {n}: no image of the {args.split} split ends in that name")
+    with common.locked(out / "results.json"):
+        # Numbers; printed before anything is written
+        tallies, counts, spent = evaluate(models, scenes, ignore, args, device)
+        if common.rank():
+            return
+        order = sorted(counts)
+        both = sum(tallies[main_label].images[i][args.score[0]] is not None for i in order)
+        protocol = describe(args, scenes, counts, left_out, both, checkpoints)
+        rows = table_rows(tallies, args.score, order, checkpoint["classes"])
+        report(rows, protocol, scenes.data)
+        common.say(f"time: forward {spent['forward']:.1f} s, metrics {spent['metrics']:.1f} s beside it "
+                   f"({100 * spent['metrics'] / max(sum(spent.values()), 1e-9):.0f} % of both)")
 
-    tallies, counts, spent = evaluate(models, scenes, ignore, args, device)
-    if common.rank():
-        return
-    order = sorted(counts)
-    pixels, anomalous, ignored = (sum(c[k] for c in counts.values()) for k in ("pixels", "anomalous", "ignored"))
-    valued = sum(tallies[main_label].images[i][args.score[0]] is not None for i in order)
-    protocol = dict(
-        data=data, split=args.split, images=len(order), resolution=sorted({c["size"] for c in counts.values()}),
-        positives="anomalous pixels", class_ids={str(k): {common.IGNORED: "no known class", common.ANOMALY: "anomaly"}.get(v) or classes[v]
-                                                 for k, v in enumerate(scenes.lut.tolist()) if v != 253},
-        unlabeled=f"{args.unlabeled}: ids without a known class" + "".join(f", {c}" for c in unlabeled),
-        ignored_classes=list(left_out), pixels=pixels, ignored_pixels=ignored, ignored_share=round(100 * ignored / pixels, 4),
-        base_rate=round(100 * anomalous / max(pixels - ignored, 1), 4), images_without_anomaly_or_negative=len(order) - valued,
-        per_image=f"mean over the {valued} images that hold both", pooled="all pixels at once",
-        fpr95="recall nearest to 0.95, larger FPR on ties (CAOS); fpr95_first: first threshold with recall of at least 0.95",
-        miou="over the classes present in the labels, ignored_classes included", checkpoints={k: common.fingerprint(k) for k in checkpoints})
-    rows = []
-    for label, tally in tallies.items():
-        segmentation = common.segmentation_metrics(tally.confusion, classes)
-        segmentation = {k: round(v, 4) if isinstance(v, float) else {c: u and round(u, 4) for c, u in v.items()} if v else v
-                        for k, v in segmentation.items()}
-        rows += [dict(model=label, score=s, **figures(tally, s, order), **segmentation) for s in args.score]
-    common.save_json(out / "results.json", dict(
-        {k: rows[0][k] for k in ("pooled", "per_image", "miou", "pixel_accuracy", "iou")}, protocol=protocol, rows=rows))
-    report(rows, protocol, data)
-    common.say(f"time: forward {spent['forward']:.1f} s, metrics {spent['metrics']:.1f} s beside it "
-               f"({100 * spent['metrics'] / max(sum(spent.values()), 1e-9):.0f} % of both)")
+        # Files; the first row is also at the top
+        remove_earlier(out, evaluation=True)
+        first = {k: rows[0][k] for k in ("pooled", "per_image", "miou", "pixel_accuracy", "iou")}
+        common.save_json(out / "results.json",
+                         dict(first, protocol=protocol, environment=environment(device), rows=rows))
 
-    chosen = named or sorted(order, key=lambda i: -counts[i]["anomalous"])[:int(args.panels[0])]
-    if chosen:
-        beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
-        draw_panels(beside, scenes, chosen, args.score[0], args, device, out / "panels.png")
-    draw_threshold(tallies, out / "threshold.png")
-    if anomalous and rows[0]["pooled"]:
-        draw_curves(rows, tallies, out / "curves.png")
-    common.say(f"wrote {out}: results.json, figures")
-
-
-def report(rows, protocol, data):
-    """The table on the terminal: ours first, then the paper's, marked as such."""
-    print("\nprotocol: " + " · ".join(f"{k} {v}" for k, v in protocol.items() if k not in ("class_ids", "checkpoints", "fpr95")))
-    width = max(12, *(len(r["model"]) for r in rows))
-    print(f"\n{'':{width}}           pooled                        per-image mean\n"
-          f"{'model':{width}} score     AUPR   AUROC  FPR95 (first)    AUPR   AUROC  FPR95 (first)    mIoU  pixel acc.")
-    for r in rows:
-        cells = [f"{m['aupr']:6.2f}  {m['auroc']:6.2f} {m['fpr95']:6.2f} ({m['fpr95_first']:5.2f})" if m else f"{'no anomalous pixel':30}"
-                 for m in (r["pooled"], r["per_image"])]
-        print(f"{r['model']:{width}} {r['score']:8} {cells[0]}  {cells[1]}  {r['miou'] or 0:6.2f} {r['pixel_accuracy'] or 0:7.2f}")
-    if data in PAPER_ROWS:
-        print("\nthe paper's numbers (Table II, III; per-image mean as in the CAOS code, as far as it says):")
-        for name, aupr, auroc, fpr in PAPER_ROWS[data]:
-            print(f"  paper  {name:40} {aupr:6.1f} {auroc:6.1f} {fpr:6.1f}")
-    print("per class IoU: " + ", ".join(f"{c} {v:.1f}" for c, v in rows[0]["iou"].items() if v is not None) + "\n")
+        # Figures
+        if chosen is None:
+            chosen = sorted(order, key=lambda i: -counts[i]["anomalous"])[:int(args.panels[0])]
+        if chosen:
+            beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
+            draw_panels(beside, scenes, chosen, args.score[0], args, device, out / "panels.png")
+        draw_threshold(tallies, out / "threshold.png")
+        if rows[0]["pooled"]:
+            draw_curves(rows, tallies, out / "curves.png")
+        common.say(f"wrote {out}: results.json, figures")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""The baselines of Table II and the counts behind Fig. 4, against computations written out."""
+"""The baselines of Table II and the counts behind Fig. 4, against computations written out; the script as it is run."""
 import argparse
+import json
 import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torchvision
+from PIL import Image
 from sklearn.metrics import precision_recall_curve
 from torch import nn
 
 import common
 import evaluate
+from runner import finish, run, run_ok, start, wait_for
 
 
 def literal_crf(log_S, iterations, sigma_xy, sigma_p, compat, radius, stride):
@@ -79,7 +89,8 @@ def test_ensemble_is_the_mean_softmax_and_the_mean_logit():
     torch.manual_seed(2)
     z = [3 * torch.randn(1, 5, 4, 4) for _ in range(3)]
     models = [lambda X, z=z_k: z for z_k in z]
-    scores, log_S = evaluate.anomaly_scores(models, None, ["msp", "entropy", "maxlogit", "energy"], argparse.Namespace())
+    names = ["msp", "entropy", "maxlogit", "energy"]
+    scores, log_S = evaluate.anomaly_scores(models, None, names, argparse.Namespace())
     p = torch.stack([v.double().softmax(1) for v in z]).mean(0)
     mean = torch.stack(z).double().mean(0)
     assert torch.allclose(log_S.exp().double(), p, atol=1e-6)
@@ -94,10 +105,11 @@ def tally(seed=0, n=4):
     rng = np.random.default_rng(seed)
     t, images = evaluate.Tally(["msp"], 3), []
     for i in range(n):
-        Z = rng.choice([0, 1, 2, common.IGNORED, common.ANOMALY], (20, 30), p=[0.4, 0.2, 0.2, 0.1, 0.1]).astype(np.uint8)
+        labels = [0, 1, 2, common.IGNORED, common.ANOMALY]
+        Z = rng.choice(labels, (20, 30), p=[0.4, 0.2, 0.2, 0.1, 0.1]).astype(np.uint8)
         top = rng.uniform(1 / 3, 1, (20, 30)).astype(np.float32)
         prediction = rng.integers(0, 3, (20, 30)).astype(np.uint8)
-        t.add(i, {"msp": np.log1p(-top)}, top, prediction, Z, Z == common.IGNORED, 3)
+        t.add(i, {"msp": np.log1p(-top)}, top, prediction, Z, Z == common.IGNORED)
         images.append((Z, top, prediction))
     return t, images
 
@@ -141,3 +153,332 @@ def test_confusion_ignores_what_is_no_class():
     Z = torch.tensor([[0, 1, 255, 254]], dtype=torch.uint8)
     matrix = common.confusion(torch.tensor([[0, 2, 1, 1]], dtype=torch.uint8), Z, 3)
     assert matrix.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+# ──────────────────────────────────────────── the protocol's parts ────────────────────────────────────────────
+
+class Named(list):
+    """What named_panels uses of common.Scenes."""
+    split = "test"
+
+    def name(self, i):
+        return self[i]
+
+
+def test_panels_are_named_by_whole_parts_of_their_path():
+    scenes = Named(["toy/test/t5/15.png", "toy/test/t5/5.png", "toy/test/t6/5.png", "toy/test/tt6/7.png"])
+    find = lambda *names: evaluate.named_panels(list(names), scenes)
+    assert find("5.png") == [1, 2] and find("t6/5.png") == [2] and find("test/t5/15.png") == [0]
+    assert find("7.png", "15.png", "7.png") == [3, 0]
+    assert find("4") is None and find("0") is None
+    for wrong in (".png", "png", "6/5.png", "t6/7.png", "", "5", "/5.png"):
+        with pytest.raises(common.InputError, match="no image of the test split"):
+            find("5.png", wrong)
+
+
+def test_labels_tell_checkpoints_apart(tmp_path):
+    assert evaluate.short_names(["ft.pt"]) == ["ft"]
+    assert evaluate.short_names(["run0/ft.pt", "run1/ft.pt", "a/x_0.5.pt"]) == ["run0/ft", "run1/ft", "x_0.5"]
+    assert evaluate.short_names(["a/b/ft.pt", "c/b/ft.pt", "b/ft.pt"])[:2] == ["a/b/ft", "c/b/ft"]
+    for twice in (["run/ft.pt", "x.pt", "run/../run/ft.pt"], ["a/ft.pt", "a/ft.pth"]):
+        with pytest.raises(common.InputError, match=f"{twice[-1]}: its name is taken by {twice[0]}"):
+            evaluate.short_names(twice)
+    assert evaluate.short_names([b"a\xff.pt".decode("utf-8", "surrogateescape")]) == ["a\\xff"]
+
+
+# ─────────────────────────────────────────── the script, as it is run ───────────────────────────────────────────
+
+def tried(small, *args, folder, ok=True, **more):
+    """evaluate.py with the small checkpoint."""
+    ckpt = () if "--ckpt" in args else ("--ckpt", small / "pretrained.pt")
+    return (run_ok if ok else run)("evaluate.py", *ckpt, *args, folder=folder, **more)
+
+
+def files(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def picture(path, size=(64, 48), seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize(size, Image.BICUBIC).save(path, **options)
+
+
+def one_error(done, *parts):
+    """Exit 1 and one error; a list stands indented below it."""
+    first, *rest = done.err.splitlines()
+    assert done.code == 1 and first.startswith("error: ") and all(t.startswith("    ") for t in rest), done.err
+    assert all(str(p) in done.err for p in parts), done.err
+
+
+@pytest.fixture
+def toy(small, tmp_path):
+    """A copy of the small toy set that a test may change."""
+    shutil.copytree(small / "toy", tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def test_a_results_folder_holds_one_run(small, tmp_path):
+    picture(tmp_path / "p/a.jpg")
+    picture(tmp_path / "p/b.jpg")
+    out = tmp_path / "results"
+    tried(small, "--panels", 1, folder=tmp_path)
+    evaluated = ["curves.png", "panels.png", "results.json", "threshold.png"]
+    assert files(out) == evaluated
+    (out / "notes.txt").write_text("mine")
+    picture(out / "mine_anomaly.png")     # the user's, whatever its name
+    np.save(out / "mine_score.npy", np.zeros(3))
+    mine = ["mine_anomaly.png", "mine_score.npy", "notes.txt"]
+    tried(small, "--images", "p", folder=tmp_path)
+    overlays = [f"{n}_{kind}" for n in "ab" for kind in ("anomaly.png", "classes.png", "score.npy")]
+    assert files(out) == sorted(evaluated + mine + overlays), "photographs leave an evaluation alone"
+    tried(small, "--images", "p/b.jpg", folder=tmp_path)
+    assert files(out) == sorted(evaluated + mine + overlays[3:]), "but not those of the run before"
+    tried(small, "--split", "val", "--panels", 0, folder=tmp_path)
+    assert files(out) == sorted(["results.json", "threshold.png", *mine]), "no anomaly, no curves"
+    assert results(out)["protocol"]["split"] == "val"
+
+
+def test_its_own_overlays_are_no_photographs(small, tmp_path):
+    for name in ("a.jpg", "sub/b.png"):
+        picture(tmp_path / "pp" / name)
+    tried(small, "--panels", 1, "--out", "pp", folder=tmp_path)      # figures and results.json are not either
+    wanted = [f"{n}_{kind}" for n in ("a", "sub_b") for kind in ("anomaly.png", "classes.png", "score.npy")]
+    for out in ("pp", "pp", "pp/deep/results", "pp/deep/results", "elsewhere", "."):
+        done = tried(small, "--images", "pp", "--out", out, folder=tmp_path)
+        assert "2 photographs" in done.out
+        assert [n for n in files(tmp_path / out) if n.endswith(evaluate.PHOTOGRAPH)] == wanted
+    done = tried(small, "--images", ".", "--out", "x", folder=tmp_path, ok=False)
+    one_error(done, "files were not done", "stdout")                 # the log of this test, of all that lies here
+    assert "2 photographs" in done.out and "anomaly.png:" not in done.err
+
+
+def test_a_photograph_is_never_replaced(small, tmp_path):
+    picture(tmp_path / "p/a.jpg")
+    picture(tmp_path / "p/a_anomaly.png")
+    before = (tmp_path / "p/a_anomaly.png").read_bytes()
+    one_error(tried(small, "--images", "p", "--out", "p", folder=tmp_path, ok=False), "a_anomaly.png: a photograph")
+    assert (tmp_path / "p/a_anomaly.png").read_bytes() == before and files(tmp_path / "p") == ["a.jpg", "a_anomaly.png"]
+
+
+def test_a_photograph_with_non_finite_scores_is_refused(small, tmp_path):
+    picture(tmp_path / "p/bad.png", (40, 48))
+    picture(tmp_path / "p/good.png", (64, 48))
+    before = ("import common\nwhole = common.Segmenter.forward\n"
+              "common.Segmenter.forward = lambda f, X: whole(f, X) * (float('nan') if X.shape[-1] == 40 else 1)")
+    for score in ("msp", "entropy", "energy"):
+        done = tried(small, "--images", "p", "--score", score, folder=tmp_path, before=before, ok=False)
+        one_error(done, "1 of 2 files", "p/bad.png: non-finite anomaly score")
+        assert [n.partition("_")[0] for n in files(tmp_path / "results")] == ["good"] * 3
+
+
+def test_the_rest_of_a_folder_is_done(small, tmp_path):
+    folder = tmp_path / "photos"
+    picture(folder / "a.jpg")
+    picture(folder / "cut.jpg", quality=95)
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-400])
+    picture(folder / "day 1/b.PNG")
+    picture(folder / "day 2/b.tif")                                  # the same name in another folder
+    (folder / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))     # the same name, but no photograph
+    (folder / "doc.pdf").write_bytes(b"%PDF-1.7")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden/c.jpg").write_bytes(b"")
+    (folder / "._a.jpg").write_bytes(b"")
+    picture(tmp_path / "other/linked.jpg")
+    (folder / "link").symlink_to(tmp_path / "other")
+    done = tried(small, "--images", "photos", "nowhere.jpg", folder=tmp_path, ok=False)
+    one_error(done, "5 of 9 files were not done")
+    failed = [line.split(":")[0].strip() for line in done.err.splitlines()[1:]]
+    assert sorted(failed) == sorted([*(f"photos/{n}" for n in ("a.HEIC", "cut.jpg", "doc.pdf", "empty.png")),
+                                     "nowhere.jpg"])
+    stems = ("a", "day 1_b", "day 2_b", "link_linked")
+    assert files(tmp_path / "results") == sorted(s + end for s in stems for end in evaluate.PHOTOGRAPH)
+
+
+def test_odd_exif_blocks(small, tmp_path):
+    rational = b"II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\xff\xff\0\0\0\0\0\0"     # its value lies beyond the end
+    text = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0"
+    short = b"II*\0\x08\0\0\0\x09\0\x12\x01"
+    turned = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    for name, block in dict(rational=rational, text=text, short=short, noise=b"\x07" * 40, turned=turned).items():
+        picture(tmp_path / f"p/{name}.jpg", exif=b"Exif\0\0" + block)
+    tried(small, "--images", "p", folder=tmp_path)
+    shapes = {n: np.load(tmp_path / f"results/{n}_score.npy").shape for n in ("rational", "text", "short", "noise")}
+    assert set(shapes.values()) == {(48, 64)}
+    assert np.load(tmp_path / "results/turned_score.npy").shape == (64, 48)
+
+
+def test_two_photographs_of_one_name(small, tmp_path):
+    picture(tmp_path / "one/a.jpg")
+    picture(tmp_path / "two/a.png")
+    done = tried(small, "--images", "one", "two/a.png", folder=tmp_path, ok=False)
+    one_error(done, "one/a.jpg and two/a.png")
+    assert not (tmp_path / "results").exists() or not files(tmp_path / "results")
+
+
+def test_maps_of_a_photograph(small):
+    """The score and the class at its own size are those of f's maps, upsampled as a whole."""
+    f, _ = common.load_checkpoint(small / "pretrained.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8)
+    args = argparse.Namespace(max_side=64, passes=2, crf_iterations=1, seed=0)
+    score, predicted = evaluate.photograph_maps([f], pixels, "energy", args, torch.device("cpu"))
+    seen = np.array(Image.fromarray(pixels).resize((64, 37), Image.LANCZOS))
+    with torch.no_grad():
+        logits = f(torch.from_numpy(seen).permute(2, 0, 1)[None] / 255)
+        upsample = lambda t: nn.functional.interpolate(t, (75, 130), mode="bilinear")[0]
+        assert np.abs(score - upsample(-logits.logsumexp(1)[None])[0].numpy()).max() < 1e-3
+        right = predicted == upsample(logits.log_softmax(1)).argmax(0).numpy()
+    assert right.mean() > 0.99 and len(np.unique(predicted)) > 2 and predicted.dtype == np.uint8
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_memory_of_a_large_photograph(small, tmp_path):
+    """At most 50 bytes a pixel, where N float32 maps alone would take as much."""
+    before = ("import common\nwhole = common.cli\ndef cli(main):\n    whole(main)\n"
+              "    print(open('/proc/self/status').read())\ncommon.cli = cli")
+    peaks = []
+    for size in ((96, 64), (2400, 1600)):
+        picture(tmp_path / f"{size[0]}.jpg", size)
+        done = tried(small, "--images", f"{size[0]}.jpg", "--max-side", 96, folder=tmp_path, before=before)
+        peaks.append(1024 * int(done.out.split("VmHWM:")[1].split()[0]))
+    assert peaks[1] - peaks[0] < 50 * 2400 * 1600
+
+
+@pytest.mark.parametrize("every, told", ((14, "no negative pixel"), (8, "no anomalous pixel"),
+                                         (4, "no anomalous pixel")))
+def test_a_side_without_pixels(small, toy, tmp_path, every, told):
+    """All pixels anomalous, of one class, or of none."""
+    for path in (toy / "test/annotations").rglob("*.png"):
+        Image.fromarray(np.full_like(np.array(Image.open(path)), every)).save(path)
+    done = tried(small, "--root", "toy", "--panels", 1, folder=tmp_path)
+    found = results(tmp_path / "results")
+    row = next(line for line in done.out.splitlines() if line.startswith("pretrained   msp"))
+    assert row.count(told) == 2 and found["pooled"] is found["per_image"] is None
+    if every == 8:
+        assert found["miou"] is not None and f"{found['miou']:.2f}" in row
+    else:
+        assert found["miou"] is None and "0.00" not in row and "–" in row
+    assert files(tmp_path / "results") == ["panels.png", "results.json", "threshold.png"]
+
+
+def test_no_image_holds_both_sides(small, toy, tmp_path):
+    for k, path in enumerate(sorted((toy / "test/annotations").rglob("*.png"))):
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 14 if k == 0 else 8)).save(path)
+    done = tried(small, "--root", "toy", folder=tmp_path)
+    found = results(tmp_path / "results")
+    assert found["pooled"]["aupr"] > 0 and found["per_image"] is None and "no image holds both" in done.out
+    done = tried(small, "--root", "toy", "--unlabeled", "ignore", "--ignore-classes", "road", "--split", "val",
+                 folder=tmp_path)
+    assert "no anomalous pixel" in done.out
+
+
+def test_every_pixel_left_out(small, toy, tmp_path):
+    for path in (toy / "test/annotations").rglob("*.png"):
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 4)).save(path)
+    done = tried(small, "--root", "toy", "--unlabeled", "ignore", folder=tmp_path)
+    assert "no pixel counts" in done.out and results(tmp_path / "results")["protocol"]["base_rate"] == 0
+
+
+def test_names_that_are_no_utf_8(small, tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    try:
+        (tmp_path / odd).mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    shutil.copytree(small / "toy", tmp_path / odd / "toy")
+    shutil.copy(small / "pretrained.pt", tmp_path / odd / f"{odd}.pt")
+    picture(tmp_path / odd / f"photos/{odd}.jpg")
+    args = ("--ckpt", f"{odd}/{odd}.pt", "--out", f"{odd}/out")
+    done = tried(small, *args, "--root", f"{odd}/toy", folder=tmp_path)
+    assert list(results(tmp_path / odd / "out")["protocol"]["checkpoints"]) == ["caf\\xe9/caf\\xe9.pt"]
+    assert "caf\\xe9 " in done.out and "curves.png" in files(tmp_path / odd / "out")
+    tried(small, *args, "--images", f"{odd}/photos", folder=tmp_path)
+    assert (tmp_path / odd / f"out/{odd}_score.npy").exists()
+    one_error(tried(small, "--images", f"{odd}.jpg", folder=tmp_path, ok=False), "1 of 1 files", ".jpg")
+
+
+def test_out_is_tried_before_the_evaluation(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    picture(tmp_path / "a.jpg")
+    for extra in ((), ("--images", "a.jpg")):
+        for out in ("file", "file/results", "/proc/results"):
+            done = tried(small, *extra, "--out", out, folder=tmp_path, ok=False)
+            one_error(done, f"--out {out}: cannot be written")
+            assert "protocol" not in done.out and "mostly" not in done.out
+        done = tried(small, *extra, folder=tmp_path, ok=False, limit=20_000)    # a disk that is nearly full
+        one_error(done, "--out results: cannot be written")
+        assert "protocol" not in done.out and "mostly" not in done.out
+    assert files(tmp_path / "results") == []
+
+
+def test_the_table_is_printed_before_anything_is_written(small, tmp_path):
+    tried(small, folder=tmp_path)
+    before = ("import common\ndef full(*args):\n    raise OSError(28, 'No space left on device')\n"
+              "common.save_json = full")
+    done = tried(small, folder=tmp_path, before=before, ok=False)
+    one_error(done, "No space left")
+    value = re.search(r"pretrained +msp +(\d+\.\d\d) ", done.out)
+    assert value and float(value[1]) > 0
+
+
+def test_checkpoints_of_one_name(small, tmp_path):
+    for k in range(2):
+        (tmp_path / f"run{k}").mkdir()
+        shutil.copy(small / "pretrained.pt", tmp_path / f"run{k}/ft.pt")
+    tried(small, "--ckpt", "run0/ft.pt", "run1/ft.pt", "--panels", 0, folder=tmp_path)
+    found = results(tmp_path / "results")
+    assert found["rows"][0]["model"] == "run0/ft+run1/ft"
+    assert list(found["protocol"]["checkpoints"]) == ["run0/ft.pt", "run1/ft.pt"]
+    done = tried(small, "--ckpt", "run0/ft.pt", "--baseline", "run1/ft.pt", folder=tmp_path)
+    found = results(tmp_path / "results")
+    assert [r["model"] for r in found["rows"]] == ["run0/ft", "run1/ft"] and "run1/ft" in done.out
+    assert found["rows"][0]["pooled"] == found["rows"][1]["pooled"], "one file, two names"
+    done = tried(small, "--ckpt", "run0/ft.pt", "./run0/ft.pt", folder=tmp_path, ok=False)
+    one_error(done, "name is taken by run0/ft.pt")
+
+
+def test_environment_names_versions_and_the_device(small, tmp_path):
+    tried(small, "--panels", 0, folder=tmp_path)
+    assert results(tmp_path / "results")["environment"] == dict(
+        python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
+        numpy=np.__version__, device=f"CPU {os.uname().machine}")
+
+
+def test_the_test_folders_are_enough(small, toy, tmp_path):
+    tried(small, folder=tmp_path)
+    shutil.rmtree(toy / "train")
+    tried(small, "--root", "toy", "--out", "alone", folder=tmp_path)
+    assert (tmp_path / "alone/results.json").read_bytes() == (tmp_path / "results/results.json").read_bytes()
+
+
+def test_labels_that_tell_anomalies_alone(small, toy, tmp_path):
+    """A data set without classes suits every checkpoint; its anomaly metrics are those of the same pixels."""
+    entry = {"classes": {}, "known": [i for i in range(1, 14)], "anomaly": [14],
+             "splits": {"test": {"images": "test/images/test", "labels": "test/annotations/test"}}}
+    (toy / "dataset.json").write_text(json.dumps(entry))
+    done = tried(small, "--data", "folder", "--root", "toy", "--out", "alone", folder=tmp_path)
+    tried(small, folder=tmp_path)
+    alone, whole = results(tmp_path / "alone"), results(tmp_path / "results")
+    assert alone["pooled"] == whole["pooled"] and alone["per_image"] == whole["per_image"]
+    assert alone["miou"] is None and "no pixel of a known class" in done.out
+    assert alone["protocol"]["data"] == "folder" and alone["protocol"]["class_ids"]["14"] == "anomaly"
+
+
+def test_two_runs_of_one_folder(small, tmp_path):
+    """The second is refused while the first runs."""
+    before = ("import os, time, common\nwhole = common.Scenes.__getitem__\n"
+              "def slow(*args):\n    open('started', 'w')\n"
+              "    while not os.path.exists('go'):\n        time.sleep(0.02)\n    return whole(*args)\n"
+              "common.Scenes.__getitem__ = slow")
+    (tmp_path / "second").mkdir()
+    p = start("evaluate.py", "--ckpt", small / "pretrained.pt", "--out", "out", folder=tmp_path, before=before)
+    assert wait_for(lambda: (tmp_path / "started").exists(), p)
+    done = tried(small, "--out", tmp_path / "out", folder=tmp_path / "second", ok=False)
+    (tmp_path / "go").write_text("")
+    one_error(done, "another run is writing it")
+    assert finish(p, tmp_path).code == 0 and "curves.png" in files(tmp_path / "out")

@@ -117,7 +117,8 @@ def test_loss_kl_is_eq_4():
 @pytest.mark.parametrize("r", (None, 0.3))
 def test_loss_er_is_eq_6(r):
     logits = batch()[0]
-    np.testing.assert_allclose(common.loss_er(common.log_softmax(logits), r), per_pixel(lambda S, p: L_ER(S, r), logits),
+    got = common.loss_er(common.log_softmax(logits), r)
+    np.testing.assert_allclose(got, per_pixel(lambda S, p: L_ER(S, r), logits),
                                rtol=1e-4, atol=1e-6)
 
 
@@ -141,7 +142,8 @@ def test_one_hot_costs_100_under_er(N):
 
 def test_known_distributions():
     # (1/2, 1/4, 1/4): −1/3 (log 3/2 + 2 log 3/4)
-    assert common.loss_kl(log_S(1/2, 1/4, 1/4)).item() == pytest.approx(-(math.log(3/2) + 2 * math.log(3/4)) / 3, rel=1e-12)
+    want = -(math.log(3/2) + 2 * math.log(3/4)) / 3
+    assert common.loss_kl(log_S(1/2, 1/4, 1/4)).item() == pytest.approx(want, rel=1e-12)
     # Two of four classes share the mass: H = log 2 = H_max / 2, so (1 + 0.01) / (1/2 + 0.01) − 1
     halves = torch.tensor([0.0, 0.0, -1e4, -1e4]).view(1, 4, 1, 1)
     assert common.loss_er(common.log_softmax(halves)).item() == pytest.approx(1.01 / 0.51 - 1, rel=1e-5)
@@ -242,13 +244,15 @@ def test_bf16_logits_are_computed_in_float32(loss):
 def test_gradient_of_the_objective(loss):
     logits, Z, unknown = batch(3, B=2, N=4, H=2, W=3, spread=1.5)
     assert unknown.any() and ((Z < 4) & ~unknown).any()
-    assert torch.autograd.gradcheck(lambda f: common.objective(f, Z, unknown, 0.5, loss), logits.double().requires_grad_(True))
+    f = logits.double().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda f: common.objective(f, Z, unknown, 0.5, loss), f)
 
 
 def test_gradient_of_mgu():
     logits, _, P = batch(4, B=2, N=4, H=2, W=3, spread=1.5)
     y = torch.tensor([0, 3])
-    assert torch.autograd.gradcheck(lambda f: common.loss_mgu(common.log_softmax(f), P, y), logits.double().requires_grad_(True))
+    f = logits.double().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda f: common.loss_mgu(common.log_softmax(f), P, y), f)
 
 
 # ──────────────────────────────────────────────── scores ────────────────────────────────────────────────
@@ -289,7 +293,8 @@ def test_ends_of_the_range(name, low, high):
     logits = torch.zeros(1, 12, 1, 1)
     logits[0, 3] = 500.0
     value = evaluate.SCORES[name](logits).item()
-    assert value == pytest.approx(low, abs=1e-6) if low is not None else value == pytest.approx(math.log(11) - 500, rel=1e-6)
+    want = pytest.approx(math.log(11) - 500, rel=1e-6) if low is None else pytest.approx(low, abs=1e-6)
+    assert value == want
 
 
 def test_msp_has_the_order_of_eq_2():

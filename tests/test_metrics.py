@@ -1,9 +1,13 @@
 """Metrics against scikit-learn (float64 sums over sorted pixels) and the CAOS formula."""
+import tracemalloc
+
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from evaluate import ScoreHistogram, curve_metrics, image_metrics, sort_by_class
+from common import InputError
+from evaluate import SCORES, ScoreHistogram, bin_numbers, curve_metrics, image_metrics, sort_by_class
 
 RNG = np.random.default_rng
 TOLERANCE = 1e-3  # percentage points, for binned pooled metrics; per-image ones are exact
@@ -65,14 +69,16 @@ def draw(kind, n=200_000, positives=3_000, seed=0):
     return scores.astype(np.float32), positive
 
 
-KINDS = ["normal", "two normals", "saturated MSP", "MSP", "1 - MSP", "log(1 - MSP)", "saturated sigmoid",
-         "steep sigmoid", "log sigmoid", "log odds", "heavy ties", "two values", "constant", "tiny",
-         "spread 1e4", "1e4 + normal", "-1e4 + normal", "all magnitudes"]
+# What a score in the form of logits or of a logarithm looks like: bins are as good as the scores themselves
+BINNED = ["normal", "two normals", "1 - MSP", "log(1 - MSP)", "log sigmoid", "log odds", "heavy ties", "two values",
+          "constant", "all magnitudes"]
+KINDS = [*BINNED, "saturated MSP", "MSP", "saturated sigmoid", "steep sigmoid", "tiny", "spread 1e4", "1e4 + normal",
+         "-1e4 + normal"]
 
 
-def pooled(scores, positive, limit=384, batches=1, exact=0):
+def pooled(scores, positive, batches=1, exact=0):
     """A histogram of bins; with `exact` above the number of pixels, of the scores themselves."""
-    histogram = ScoreHistogram(limit, exact)
+    histogram = ScoreHistogram(exact)
     for s, p in zip(np.array_split(scores, batches), np.array_split(positive, batches)):
         histogram.add(*sort_by_class(s, p))
     return histogram
@@ -84,13 +90,45 @@ def test_against_sklearn(kind, positives):
     scores, positive = draw(kind, positives=positives, seed=positives)
     want = reference(scores, positive)
     assert image_metrics(*sort_by_class(scores, positive)) == pytest.approx(want, abs=1e-9)
-    histogram = pooled(scores, positive, batches=7)
-    exact = histogram.level == 0
-    assert histogram.metrics() == pytest.approx(want, abs=1e-9 if exact else TOLERANCE)
-    if kind in ("saturated MSP", "MSP", "heavy ties", "1e4 + normal"):
-        assert exact
     kept = pooled(scores, positive, batches=7, exact=200_000)
-    assert kept.metrics() == pytest.approx(want, abs=1e-9) and not kept.table.any()
+    assert kept.metrics() == pytest.approx(want, abs=1e-9) and kept.table is None
+    if kind in BINNED:
+        exact = kind in ("heavy ties", "two values", "constant")
+        binned = pooled(scores, positive, batches=7)
+        assert binned.metrics() == pytest.approx(want, abs=1e-9 if exact else TOLERANCE)
+        assert binned.table.sum() == 200_000
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1, 4])
+def test_bins_hold_the_scores_of_models(sharpness):
+    """The four scores of maps as a network upsamples them, from undecided to saturated: the bound that is promised."""
+    torch.manual_seed(0)
+    size = dict(mode="bilinear", align_corners=False)
+    coarse = torch.nn.functional.interpolate(4 * torch.randn(3, 13, 6, 6), 60, **size) + torch.randn(3, 13, 60, 60)
+    unknown = torch.zeros(3, 60, 60, dtype=torch.bool)
+    unknown[:, 20:26, 10:19] = True
+    coarse = sharpness * torch.where(unknown[:, None], 0.6, 1) * coarse
+    logits = torch.nn.functional.interpolate(coarse, 360, **size)
+    positive = unknown.repeat_interleave(6, 1).repeat_interleave(6, 2).numpy()
+    for name, score in SCORES.items():
+        scores = score(logits).numpy()
+        want = reference(scores.ravel(), positive.ravel())
+        binned = pooled(scores, positive, batches=3)
+        assert len(np.unique(bin_numbers(scores.ravel()))) < len(np.unique(scores)), "nothing was tied"
+        assert binned.metrics() == pytest.approx(want, abs=TOLERANCE), name
+
+
+def test_bins_are_as_wide_as_documented():
+    """They keep the order of the scores; 2e-6 of their value where most scores of models lie, 8e-6, 1e-3 elsewhere."""
+    rng = RNG(0)
+    scores = np.sort(rng.choice([-1, 1], 300_000) * 2.0 ** rng.uniform(-149, 128, 300_000)).astype(np.float32)
+    scores = scores[np.isfinite(scores)]
+    bins = bin_numbers(scores).astype(np.int64)
+    assert (np.diff(bins) >= 0).all() and 0 <= bins[0] and bins[-1] < 1 << 24
+    for low, high, width in ((-3, 5, 2e-6), (-20, -3, 8e-6), (5, 12, 8e-6), (-126, -20, 1e-3), (12, 127, 1e-3)):
+        value = (rng.choice([-1, 1], 10_000) * 2.0 ** rng.uniform(low, high, 10_000)).astype(np.float32)
+        assert (bin_numbers(value) != bin_numbers(value * np.float32(1 + width))).all()
+        assert (bin_numbers(value) == bin_numbers(value * np.float32(1 + width / 4))).any()
 
 
 def test_small_sets_are_exact():
@@ -102,7 +140,7 @@ def test_small_sets_are_exact():
         positive = mask(rng, n, int(rng.integers(1, n)))
         want = pytest.approx(reference(scores, positive), abs=1e-9)
         assert image_metrics(*sort_by_class(scores, positive)) == want, seed
-        assert pooled(scores, positive).metrics() == want, seed
+        assert pooled(scores, positive, exact=100 if seed % 3 else 0).metrics() == want, seed
 
 
 def test_hand_computed():
@@ -125,12 +163,33 @@ def test_hand_computed():
 def test_one_class_has_no_metrics(value):
     parts = sort_by_class(RNG(0).standard_normal(100, np.float32), np.full(100, value))
     assert image_metrics(*parts) is None
-    histogram = ScoreHistogram(4)
-    assert histogram.metrics() is None
-    histogram.add(*parts)
-    assert histogram.metrics() is None and histogram.total.sum() == 100
-    histogram.add(*sort_by_class(np.zeros(3, np.float32), np.full(3, not value)))  # pooled: now defined
-    assert histogram.metrics() is not None
+    for histogram in (ScoreHistogram(), ScoreHistogram(exact=0)):
+        assert histogram.metrics() is None
+        histogram.add(*parts)
+        assert histogram.metrics() is None and histogram.total.sum() == 100
+        histogram.add(*sort_by_class(np.zeros(3, np.float32), np.full(3, not value)))  # pooled: now defined
+        assert histogram.metrics() is not None
+
+
+@pytest.mark.parametrize("positives", [50, 170, 190, 410])
+@pytest.mark.parametrize("spread", [1, 1000])
+def test_two_recalls_are_equally_near(positives, spread):
+    """47 and 48 of 50 are the same distance from 95 %, to the last bit: the CAOS code takes the larger FPR. With a
+    wide `spread`, the two lie in different chunks of `curve_metrics`."""
+    rng = RNG(positives)
+    near = int(np.floor(0.95 * positives))
+    assert abs(near / positives - 0.95) == abs((near + 1) / positives - 0.95)
+    score = [np.full(rng.integers(1, 5), -float(i * spread)) for i in range(2 * positives)]   # a positive, negatives, …
+    positive = np.concatenate([np.arange(len(s)) == 0 if i % 2 == 0 else np.zeros(len(s), bool)
+                               for i, s in enumerate(score)])
+    scores = np.concatenate(score).astype(np.float32)
+    want = reference(scores, positive)
+    neg = np.sort(-scores[~positive])
+    by_hand = [np.searchsorted(neg, 2 * spread * k) / len(neg) for k in (near - 1, near, near + 1)]
+    assert want["fpr95"] == pytest.approx(100 * by_hand[2]) and by_hand[0] < by_hand[1] < by_hand[2]
+    for got in (image_metrics(*sort_by_class(scores, positive)), pooled(scores, positive).metrics(),
+                pooled(scores, positive, exact=10_000).metrics()):
+        assert got == pytest.approx(want, abs=1e-9)
 
 
 def test_bad_input():
@@ -151,60 +210,63 @@ def test_signed_zeros_and_extremes():
     positive = np.array([0, 1, 1, 0, 0, 1], bool)
     want = pytest.approx(reference(scores, positive), abs=1e-9)
     assert image_metrics(*sort_by_class(scores, positive)) == want
+    assert pooled(scores, positive, exact=6).metrics() == want
+    scores[2:4] = 1e-35, -1e-35     # the smallest float32 are one bin with 0
     assert pooled(scores, positive).metrics() == want
 
 
-@pytest.mark.parametrize("kind", ["normal", "saturated MSP", "spread 1e4", "all magnitudes"])
-@pytest.mark.parametrize("limit", [3, 40])
-def test_independent_of_order_batches_and_ranks(kind, limit):
+@pytest.mark.parametrize("kind", ["normal", "log odds", "spread 1e4", "all magnitudes"])
+def test_independent_of_order_batches_and_ranks(kind):
     scores, positive = draw(kind, n=60_000, positives=900)
-    whole = pooled(scores, positive, limit)
-    want, rows = whole.metrics(), whole.state()
+    whole = pooled(scores, positive)
+    want, bins = whole.metrics(), whole.state()
     orders = [np.argsort(scores), np.argsort(-scores), np.argsort(np.abs(scores)), RNG(1).permutation(60_000)]
     for order, batches in zip(orders, (50, 7, 50, 13)):
         s, p = scores[order], positive[order]
-        assert pooled(s, p, limit, batches).metrics() == want
-        for cut in (100, 40_000):  # the ranks saw different ranges, hence different shifts
-            ranks = [pooled(s[:cut], p[:cut], limit, 3), pooled(s[cut:], p[cut:], limit, 3)]
+        assert pooled(s, p, batches).metrics() == want
+        for cut in (100, 40_000):  # the ranks saw different ranges
+            ranks = [pooled(s[:cut], p[:cut], 3), pooled(s[cut:], p[cut:], 3)]
             for first, second in (ranks, ranks[::-1]):
-                merged = ScoreHistogram(limit, 0)
+                merged = ScoreHistogram(0)
                 merged.merge(first.state())
                 merged.merge(second.state())
                 assert merged.metrics() == want
                 got = merged.state()
-                assert all(np.array_equal(got[k], rows[k]) for k in rows)
+                assert all(np.array_equal(got[k], bins[k]) for k in bins)
             ranks[0].merge(ranks[1].state())  # into a non-empty one
             assert ranks[0].metrics() == want
-    # the documented rule: the smallest level at which the rows fit
-    bits = (scores + np.float32(0)).view(np.uint32)
-    keys = np.where(bits >> 31, ~bits, bits | 1 << 31).astype(np.int64)
-    small = np.abs(scores) < 0.5
-    rows = [len(np.unique(keys[small] >> 16 + s)) + len(np.unique(keys[~small] >> 16 + max(0, s - 6)))
-            for s in range(22)]
-    assert whole.level == [n <= limit for n in rows].index(True)
 
 
 @pytest.mark.parametrize("exact", [59_999, 60_000])
 def test_bins_begin_above_the_exact_size(exact):
     """Whether scores are kept or binned depends on their number alone, not on the order, the batches or the ranks."""
     scores, positive = draw("log(1 - MSP)", n=60_000, positives=900)
-    want = pooled(scores, positive, 40, exact=60_000 if exact == 60_000 else 0)
-    assert (want.level == 0) == (exact == 60_000)
+    want = pooled(scores, positive, exact=60_000 if exact == 60_000 else 0)
+    assert (want.table is None) == (exact == 60_000)
+    assert (want.metrics() == image_metrics(*sort_by_class(scores, positive))) == (exact == 60_000)
     cut = 30_000
     halves = [(scores[:cut], positive[:cut]), (scores[cut:], positive[cut:])]
     for batches in (1, 7):
-        assert pooled(scores, positive, 40, batches, exact).metrics() == want.metrics()
+        assert pooled(scores, positive, batches, exact).metrics() == want.metrics()
         for (s, p), (t, q) in (halves, halves[::-1]):
-            merged = pooled(s, p, 40, batches, exact)
-            merged.merge(pooled(t, q, 40, batches, exact).state())
-            assert merged.metrics() == want.metrics() and (merged.kept is None) == (exact < 60_000)
+            merged = pooled(s, p, batches, exact)
+            merged.merge(pooled(t, q, batches, exact).state())
+            assert merged.metrics() == want.metrics() and (merged.table is None) == (exact == 60_000)
             assert np.array_equal(merged.curve(), want.curve())
-    small, large = (pooled(scores[:n], positive[:n], 40, exact=1000) for n in (500, 60_000))   # kept scores into bins, bins into kept ones
+            told = pooled(t, q, batches, exact)   # what ranks do: with their total known, they send bins
+            told.make_room(60_000)
+            merged = pooled(s, p, batches, exact)
+            merged.make_room(60_000)
+            merged.merge(told.state())
+            assert merged.metrics() == want.metrics()
+    # kept scores into bins, bins into kept ones
+    small, large = (pooled(scores[:n], positive[:n], exact=1000) for n in (500, 60_000))
+    both = pooled(np.append(scores, scores[:500]), np.append(positive, positive[:500]))
     for first, second in ((small, large), (large, small)):
-        merged = ScoreHistogram(40, 1000)
+        merged = ScoreHistogram(1000)
         merged.merge(first.state())
         merged.merge(second.state())
-        assert merged.metrics() == pooled(np.append(scores, scores[:500]), np.append(positive, positive[:500]), 40).metrics()
+        assert merged.metrics() == both.metrics()
 
 
 def test_nearly_tied_scores():
@@ -220,46 +282,56 @@ def test_nearly_tied_scores():
 
 
 def test_merge_needs_equal_limits():
-    for other in (ScoreHistogram(5), ScoreHistogram(4, 7)):
-        with pytest.raises(ValueError):
-            ScoreHistogram(4).merge(other.state())
+    with pytest.raises(ValueError):
+        ScoreHistogram(4).merge(ScoreHistogram(7).state())
 
 
 def test_memory_is_bounded():
-    histogram = ScoreHistogram(8, 0)
-    table = histogram.table
-    for seed in range(20):
-        histogram.add(*sort_by_class(*draw("all magnitudes", n=20_000, positives=300, seed=seed)))
-        assert histogram.table is table and table.shape == (8, 2, 65536)
-        assert len(histogram.free) + (histogram.row >= 0).sum() == 8
-    assert table.sum() == 400_000 == histogram.total.sum()
+    """256 MiB for any number of pixels, kept (half of them positive: the costliest share) or binned; and what is sent
+    between ranks is small."""
+    rng = RNG(0)
+    tracemalloc.start()
+    try:
+        peaks = []
+        for exact, images in ((1 << 24, 16), (1 << 24, 18), (0, 2), (0, 6)):
+            histogram = ScoreHistogram(exact)
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(images):
+                scores = rng.standard_normal(1 << 20, np.float32)
+                histogram.add(*sort_by_class(scores, scores > rng.standard_normal(1 << 20, np.float32)))
+            assert histogram.total.sum() == images << 20 and (histogram.table is None) == (images == 16)
+            histogram.metrics()
+            histogram.curve()
+            sent = sum(v.nbytes for v in histogram.state().values())
+            peaks.append(tracemalloc.get_traced_memory()[1] - before >> 20)
+            assert peaks[-1] <= 256 and sent <= 128 << 20, (peaks, sent)
+            del histogram
+        assert peaks[3] <= peaks[2] + 32    # more bins are touched, that is all
+    finally:
+        tracemalloc.stop()
 
 
-def test_counts_beyond_uint32():
-    """A bin of 6e9 pixels, out of two states whose bins still fit 32 bits."""
-    histogram = pooled(np.float32([0, 1, 1, 2]), np.array([0, 0, 1, 1], bool))
+def test_as_many_pixels_as_32_bits_count():
+    """A bin of 2**32 - 4 pixels; one pixel more than can be counted is an error, not a wrong number."""
+    histogram = pooled(np.float32([0, 1, 1]), np.array([0, 0, 1], bool))
     state = histogram.state()
-    neg = state["counts"][:, 1]
-    neg[neg > 0] = 3_000_000_000
-    state["header"][4] = 6_000_000_000
-    merged = ScoreHistogram(exact=0)
+    tied, many = int(np.argmax(state["counts"][0] > 0)), 3_000_000_000
+    state["counts"][1, tied] = many
+    state["header"][2] = many + 1
+    merged = ScoreHistogram(0)
     merged.merge(state)
-    merged.merge(state)
-    N = 12 * 10**9  # half at score 0, half tied with the first of 2 x 2 positives
-    want = curve_metrics([(np.array([2]), np.array([0]), np.array([0])),
-                          (np.array([2]), np.array([0]), np.array([N // 2]))], 4, N)
-    assert merged.metrics() == want
-    assert want["auroc"] == pytest.approx(100 * (0.5 + 0.5 * 0.75))
-    merged.add(*sort_by_class(np.float32([0]), np.array([False])))  # still counts after widening
-    assert merged.table.sum() == merged.total.sum() == N + 5
-
-
-def test_accuracy_survives_saturation():
-    """Outliers of all magnitudes below 1 cost precision near 0; that next to -1 or 1 stays complete."""
-    for kind, sign in ("saturated MSP", -1), ("saturated sigmoid", 1):
-        scores, positive = draw(kind)
-        wide = (sign * 10.0 ** RNG(3).uniform(-37, 0, 3000)).astype(np.float32)
-        scores, positive = np.append(scores, wide), np.append(positive, np.zeros(3000, bool))
-        histogram = pooled(scores, positive)
-        assert histogram.level > 0
-        assert histogram.metrics() == pytest.approx(reference(scores, positive), abs=TOLERANCE)
+    assert merged.metrics() == curve_metrics([(np.array([1]), np.array([0]), np.array([many]))], 1, many + 1)
+    assert merged.metrics()["auroc"] == pytest.approx(50, abs=1e-6)
+    with pytest.raises(InputError, match=r"6000000004 pixels: .* count to 4294967295"):
+        merged.merge(state)
+    rest = 2**32 - 1 - (many + 2)
+    state["counts"][1, tied] = rest - 2
+    state["header"][2] = rest - 1
+    merged = ScoreHistogram(0)
+    for s in (dict(state), dict(state, counts=np.where(state["counts"] == rest - 2, many, state["counts"]),
+                                header=np.array([0, 1, many + 1]))):
+        merged.merge(s)
+    assert merged.total.sum() == merged.table.sum(dtype=np.int64) == 2**32 - 1
+    with pytest.raises(InputError, match="4294967296 pixels"):
+        merged.add(*sort_by_class(np.float32([0]), np.array([False])))
