@@ -140,7 +140,8 @@ def main():
         image, label = scenes.decode(i)
         if (label == common.ANOMALY).any():
             raise common.InputError(f"{scenes.pairs[i][1]}: holds anomalies already; expected a split without them")
-        for kind, array in zip(("images", "labels"), pasted(image, label, objects, np.random.default_rng([args.seed, i]))):
+        arrays = pasted(image, label, objects, np.random.default_rng([args.seed, i]))
+        for kind, array in zip(("images", "labels"), arrays):
             Image.fromarray(array).save(work / kind / f"{i:04d}.png")
     common.save_json(work / "dataset.json", dict(
         classes={name: i for i, name in enumerate(scenes.classes)}, ignored=[common.IGNORED], anomaly=[common.ANOMALY],

@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 
 STAGES = (
-    ("mgu", {"base": {}, "plain2": dict(step_size=2.0), "plain10": dict(step_size=10.0), "plain20": dict(step_size=20.0),
-             "plain5-cap40": dict(max_steps=40)}),
+    ("mgu", {"base": {}, "plain2": dict(step_size=2.0), "plain10": dict(step_size=10.0),
+             "plain20": dict(step_size=20.0), "plain5-cap40": dict(max_steps=40)}),
     ("finetune", {"base": dict(mix="clean", bn="train"), "mix-none": dict(mix="none", bn="train"),
                   "mix-train": dict(mix="train", bn="train"), "frozen-clean": dict(mix="clean", bn="frozen"),
                   "frozen-none": dict(mix="none", bn="frozen")}),

@@ -35,7 +35,7 @@ processes = multiprocessing.get_context("forkserver")
 PER_CLASS = {"toy": 10, "camvid": 20}   # auxiliary images of each class
 
 # name of a set: flags of mgu_generate.py beside --per-class. `default`: whatever the defaults are
-SETS = {"default": {}, "small": {"per-class": 2}}
+SETS = {"default": {}}
 SETS.update({f"plain{eta}": {"step": "plain", "step-size": eta, "max-steps": 80} for eta in (5, 2, 10, 20)})
 SETS.update({f"plain{eta}-cap40": {"step": "plain", "step-size": eta, "max-steps": 40} for eta in (5, 10)})
 SETS["signstep"] = {"step": "sign", "step-size": 1, "double-every": 16, "max-steps": 80}
@@ -53,31 +53,27 @@ MAIN = [MSP, *((name, f"control: {label}", "default", {"images": name}) for name
 
 # The choice moves one thing at a time from the base, on the set plain5
 BASE = {"loss": "kl", "alpha": 0.3, "mix": "clean", "bn": "train", "unknown": "flipped", "images": "aux"}
-CHOICE = [MSP]
-
-
-def chosen(name, label, aux="plain5", **changes):
-    CHOICE.append((name, label, aux, BASE | changes))
-
-
-chosen("base", "**base**: plain, η = 5, cap 80; L_KL, α = 0.3, clean images mixed in")
-for a_set, a_label in (("plain2", "η = 2"), ("plain10", "η = 10"), ("plain20", "η = 20"),
-                       ("plain5-cap40", "η = 5, cap 40"), ("signstep", "sign, doubled")):
-    chosen(a_set, a_label, a_set)
-chosen("mix-none", "mix none", mix="none")
-chosen("mix-train", "mix train", mix="train")
-for an_alpha in (0.05, 0.1, 0.5):
-    chosen(f"kl{an_alpha}", f"L_KL, α = {an_alpha}", alpha=an_alpha)
-for an_alpha in (0.05, 0.5):
-    chosen(f"er{an_alpha}", f"L_ER, α = {an_alpha}", loss="er", alpha=an_alpha)
-for a_mix in ("clean", "none"):
-    chosen(f"frozen-{a_mix}", f"frozen batch norm, mix {a_mix}", bn="frozen", mix=a_mix)
-chosen("unknown-all", "D_s = all of I_ỹ", unknown="all")
-for a_control, a_label in CONTROLS.items():
-    chosen(f"{a_control}-clean", f"control: {a_label}", images=a_control)
+CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, changes in (
+    ("base", "**base**: plain, η = 5, cap 80; L_KL, α = 0.3, clean images mixed in", "plain5", {}),
+    ("plain2", "η = 2", "plain2", {}),
+    ("plain10", "η = 10", "plain10", {}),
+    ("plain20", "η = 20", "plain20", {}),
+    ("plain5-cap40", "η = 5, cap 40", "plain5-cap40", {}),
+    ("signstep", "sign step, doubled every 16", "signstep", {}),
+    ("mix-none", "no known images", "plain5", {"mix": "none"}),
+    ("mix-train", "training images mixed in", "plain5", {"mix": "train"}),
+    ("kl0.05", "L_KL, α = 0.05", "plain5", {"alpha": 0.05}),
+    ("kl0.1", "L_KL, α = 0.1", "plain5", {"alpha": 0.1}),
+    ("kl0.5", "L_KL, α = 0.5", "plain5", {"alpha": 0.5}),
+    ("er0.05", "L_ER, α = 0.05", "plain5", {"loss": "er", "alpha": 0.05}),
+    ("er0.5", "L_ER, α = 0.5", "plain5", {"loss": "er", "alpha": 0.5}),
+    ("frozen-clean", "frozen batch norm", "plain5", {"bn": "frozen"}),
+    ("frozen-none", "frozen batch norm, no known images", "plain5", {"bn": "frozen", "mix": "none"}),
+    ("unknown-all", "D_s = all of I_ỹ", "plain5", {"unknown": "all"}),
+    *((f"{images}-clean", f"control: {label}", "plain5", {"images": images}) for images, label in CONTROLS.items())))]
 
 STUDIES = {"choice": CHOICE, "main": MAIN,
-           "quick": [MSP, ("recipe", "the recipe, 2 images a class", "small", {})]}
+           "quick": [MSP, ("recipe", "**the recipe**", "default", {})]}
 
 
 def graph(study, args):
@@ -95,7 +91,8 @@ def graph(study, args):
         nodes.extend([] if same else [node])
         return name
 
-    roots, tests, ready = {}, {}, {}    # of the data; {data: {test: flags of evaluate.py}}; {data: what makes its roots}
+    roots, ready = {}, {}    # of a data set: its folder; the commands that make its folders
+    tests = {}               # {data: {test set: flags of evaluate.py}}
     if "toy" in args.data:
         roots["toy"] = runs / "toy_data"
         ready["toy"] = [add("toy_data", "tests/toy.py", [roots["toy"]], runs, [], "toy_data")]
@@ -115,10 +112,12 @@ def graph(study, args):
 
     common = ["--device", args.device] if args.device else []
     loading = ["--workers", args.workers] if args.workers is not None else []
+    reading = ["--workers", max(args.workers, 1)] if loading else []      # threads of evaluate.py
     training = [*common, *loading, *(["--precision", args.precision] if args.precision else [])]
     pairs = [(data, seed) for seed in args.seeds for data in roots]
     for data, seed in pairs:
-        add(f"{data}/{seed}/pretrain", "pretrain.py", ["--data", data, "--root", roots[data], "--seed", seed, *training],
+        add(f"{data}/{seed}/pretrain", "pretrain.py",
+            ["--data", data, "--root", roots[data], "--seed", seed, *training],
             runs / data / str(seed), ready[data], "pretrained.pt")
     for row, label, aux, changes in STUDIES[study]:
         for data, seed in pairs:
@@ -135,7 +134,7 @@ def graph(study, args):
             for test, flags in tests[data].items():
                 out = f"results_{study}_{row}_{test}"
                 add(f"{data}/{seed}/{out}", "evaluate.py",
-                    ["--ckpt", name, *flags, "--panels", 0, "--out", out, *common, *loading], folder, [model],
+                    ["--ckpt", name, *flags, "--panels", 0, "--out", out, *common, *reading], folder, [model],
                     f"{out}/results.json", dict(data=data, seed=seed, test=test, name=row, set=aux,
                                                 flags=" ".join(as_flags(changes))))
     return nodes
@@ -317,7 +316,8 @@ def parse(argv=None):
     p.add_argument("--out", help="JSON to write (default: STUDY.json beside this file)")
     p.add_argument("--data", nargs="+", choices=("toy", "camvid"), default=["toy", "camvid"])
     p.add_argument("--camvid", metavar="ROOT", help="CamVid at 240×180 (README, Data)")
-    p.add_argument("--sets", nargs="+", default=[], metavar="NAME=ROOT", help="choice: data folders for CamVid's models "
+    p.add_argument("--sets", nargs="+", default=[], metavar="NAME=ROOT",
+                   help="choice: data folders for CamVid's models "
                    "(default: pasted, flower pieces in its validation images)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time (default: one a core)")
@@ -338,7 +338,9 @@ def main():
     nodes = graph(args.study, args)
     if args.list:
         for n in nodes:
-            print(f"mkdir -p {n['folder']} && cd {n['folder']} && python {shlex.join([str(REPO / n['script']), *n['flags']])}")
+            folder = shlex.quote(str(n["folder"]))
+            command = shlex.join(["python", str(REPO / n["script"]), *n["flags"]])
+            print(f"mkdir -p {folder} && cd {folder} && {command}")
         return
     failed = {}
     if not args.collect:

@@ -1,0 +1,210 @@
+"""Every table and number of README.md and tests/results/README.md, from the JSON files of experiments.py.
+
+    python tests/results/tables.py            # writes what the files say between the markers, in place
+    python tests/results/tables.py --check    # lists what differs; exit 1 if anything does
+
+    <!-- table results toy -->…<!-- /table -->             metrics of every row of a test set, mean ± deviation of seeds
+    <!-- table factors toy -->…<!-- /table -->             AUPR over MSP's of the same seed; differences to MSP
+    <!-- table mgu toy_b -->…<!-- /table -->               the auxiliary sets that were used for a test set
+    <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
+    <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
+
+A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
+if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean; factor-by-seed, gain-by-seed; least:
+of the factors) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
+protocol. What the files do not hold is "not run".
+"""
+import json
+import re
+import statistics
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import experiments
+
+FILES = HERE.parents[1] / "README.md", HERE / "README.md"
+TABLE = re.compile(r"(<!-- table (.+?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!--= (.+?)-->)(.*?)(<!--/-->)", re.DOTALL)
+ABSENT = "not run"
+METRICS = ("aupr", "auroc", "fpr95")
+
+
+def load(folder=HERE):
+    """{test: dict(study, rows {(name, seed): row}, mgu [figures of a set], protocol)} of all JSON files of a folder."""
+    tests = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            test = tests.setdefault(row["test"], dict(study=found["study"], rows={}, data=row["data"]))
+            test["rows"][row["name"], row["seed"]] = row
+            test["protocol"] = found["protocol"][row["test"]]
+            test["mgu"] = [m for m in found["mgu"] if m["data"] == row["data"]]
+    for name, test in tests.items():
+        for row_name in {n for n, _ in test["rows"]}:
+            ran_with = {json.dumps({k: v for k, v in r.get("settings", {}).items() if k != "seed"}, sort_keys=True)
+                        for (n, _), r in test["rows"].items() if n == row_name}
+            if len(ran_with) > 1:
+                raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
+    return tests
+
+
+# ───────────────────────────────────────────── numbers of seeds ─────────────────────────────────────────────
+
+def by_seed(test, name, group, metric=None):
+    """{seed: number} of one row, in percent; group pooled, per_image or miou."""
+    values = {seed: row[group] if group == "miou" else (row[group] or {}).get(metric)
+              for (n, seed), row in sorted(test["rows"].items()) if n == name}
+    return {seed: v for seed, v in values.items() if v is not None}
+
+
+def against_msp(test, name, group, metric=None, factor=True):
+    """[number over (or, without `factor`, minus) that of MSP of the same seed]."""
+    values, msp = by_seed(test, name, group, metric), by_seed(test, "msp", group, metric)
+    return [v / msp[s] if factor else v - msp[s] for s, v in values.items() if s in msp]
+
+
+def mean(values, form="{:.2f}"):
+    return form.format(statistics.mean(values)).replace("-", "−") if values else ABSENT
+
+
+def mean_sd(values, digits=2):
+    """mean±sample deviation, or the one value there is."""
+    values = list(values)
+    return mean(values, f"{{:.{digits}f}}") + (f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def number(tests, words):
+    """What stands for the words of a <!--= … --> marker. Raises ValueError where they name nothing."""
+    *words, last = words.split()
+    digits = int(last) if last.isdigit() else None
+    words += [] if last.isdigit() else [last]
+    test = tests.get(words[0])
+    if test is None:
+        return ABSENT
+    form = f"{{:.{2 if digits is None else digits}f}}"
+    if words[1] == "mgu" and len(words) == 4:
+        return mean([m[words[3]] for m in test["mgu"] if m["set"] == words[2]], form)
+    if len(words) == 2 and words[1] in test["protocol"]:
+        value = test["protocol"][words[1]]
+        return form.format(value) if isinstance(value, float) else str(value)
+    of = words[1:3] if words[2:3] == ["miou"] else words[1:4]
+    how = words[1 + len(of):] or ["mean"]
+    if len(how) != 1 or of[0] not in dict((name, 0) for name, *_ in experiments.STUDIES[test["study"]]) or \
+            of[1:] != ["miou"] and (of[1:2] not in (["pooled"], ["per_image"]) or of[2:] not in [[m] for m in METRICS]):
+        raise ValueError(f"<!--= {' '.join(words)}-->: names nothing; expected TEST ROW pooled|per_image METRIC [HOW]")
+    values = list(by_seed(test, *of).values())
+    if not values:
+        return ABSENT
+    factors, gains = against_msp(test, *of), against_msp(test, *of, factor=False)
+    signed = f"{{:+.{1 if digits is None else digits}f}}"
+    return {"mean": lambda: mean(values, form),
+            "sd": lambda: form.format(statistics.stdev(values)) if len(values) > 1 else ABSENT,
+            "by-seed": lambda: ", ".join(form.format(v) for v in values),
+            "factor": lambda: "× " + mean(factors, form),
+            "factor-by-seed": lambda: ", ".join(form.format(v) for v in factors),
+            "least": lambda: "× " + form.format(min(factors)),
+            "gain": lambda: mean(gains, signed),
+            "gain-by-seed": lambda: ", ".join(mean([v], signed) for v in gains)}[how[0]]()
+
+
+# ─────────────────────────────────────────────────── tables ───────────────────────────────────────────────────
+
+def lines_of(head, rows):
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def rows_of(test):
+    """[(name, label)] of the rows that have numbers, in the order of the study."""
+    return [(name, label) for name, label, *_ in experiments.STUDIES[test["study"]] if by_seed(test, name, "miou")]
+
+
+def results(test):
+    rows = []
+    for name, label in rows_of(test):
+        cells = [" / ".join(mean_sd(by_seed(test, name, group, m).values()) for m in METRICS)
+                 for group in ("pooled", "per_image")]
+        values = by_seed(test, name, "miou")
+        rows.append([label, str(len(values)), *cells, mean_sd(values.values())])
+    return lines_of(["AUPR / AUROC / FPR95", "seeds", "pooled", "per image", "mIoU"], rows)
+
+
+def factors(test):
+    rows = []
+    for name, label in rows_of(test)[1:]:
+        cells = []
+        for group in ("pooled", "per_image"):
+            values = against_msp(test, name, group, "aupr")
+            cells.append(f"× {mean(values)} ({', '.join(f'{v:.2f}' for v in values)})")
+        fpr = [mean(against_msp(test, name, group, "fpr95", factor=False), "{:+.1f}")
+               for group in ("pooled", "per_image")]
+        rows.append([label, *cells, ", ".join(fpr), mean(against_msp(test, name, "miou", factor=False), "{:+.1f}")])
+    return lines_of(["against MSP of the same seed", "AUPR pooled: mean (by seed)", "AUPR per image: mean (by seed)",
+                     "FPR95 pooled, per image", "mIoU"], rows)
+
+
+def mgu(test):
+    rows = []
+    for name in experiments.SETS:
+        sets = [m for m in test["mgu"] if m["set"] == name]
+        if sets:
+            s = sets[0]["settings"]
+            step = f"{s.get('step')}, η = {s.get('step-size')}, cap {s.get('max-steps')}"
+            values = [mean_sd([m[k] for m in sets], d) for k, d in (("flip_rate", 2), ("iterations_median", 0),
+                                                                    ("mean_max_softmax", 3), ("rms", 1))]
+            rows.append([step, str(len(sets)), str(sets[0]["images"]), *values])
+    return lines_of(["step", "seeds", "images", "flipped, %", "iterations", "max S", "RMS"], rows)
+
+
+def hardware(test):
+    used = {}
+    for row in test["rows"].values():
+        used.setdefault(row["device"], []).append(row["date"])
+    return "".join(f"* {device}: {len(dates)} rows, {min(dates)} to {max(dates)}\n" for device, dates in used.items())
+
+
+def table(tests, words):
+    kind, name = words.split()
+    make = {"results": results, "factors": factors, "mgu": mgu, "hardware": hardware}[kind]
+    return make(tests[name]) if name in tests else f"{ABSENT}\n"
+
+
+def differences(text, tests):
+    """(the text with every table and number as the files say, [what differs])."""
+    told = []
+
+    def put(make):
+        def replace(match):
+            begin, words, found, end = match.groups()
+            expected = make(tests, words)
+            if found != expected:
+                line = text[:match.start()].count("\n") + 1
+                pairs = zip_longest(found.strip().splitlines(), expected.strip().splitlines(), fillvalue="")
+                one, other = next(((a, b) for a, b in pairs if a != b), ("", ""))    # the first line that differs
+                told.append(f"line {line}, {words}: found {one!r}, the files say {other!r}")
+            return begin + expected + end
+        return replace
+    return NUMBER.sub(put(number), TABLE.sub(put(table), text)), told
+
+
+def main(files=FILES, folder=HERE, check=False):
+    """Rewrite the files, or list what differs; returns the number of differences."""
+    tests, count = load(folder), 0
+    for path in map(Path, files):
+        new, told = differences(path.read_text(), tests)
+        count += len(told)
+        for line in told:
+            print(f"{path.name}: {line}")
+        if told and not check:
+            path.write_text(new)
+    return count
+
+
+if __name__ == "__main__":
+    checking = sys.argv[1:] == ["--check"]
+    if sys.argv[1:] and not checking:
+        sys.exit(__doc__)
+    sys.exit(bool(main(check=checking)) and checking)

@@ -1,0 +1,355 @@
+"""Choosing sets with pasted objects; the graph of the experiments and its running; tables and numbers of READMEs."""
+import importlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import paste
+from runner import REPO, run, run_ok
+
+sys.path.insert(0, str(REPO / "tests" / "results"))
+import choose
+import experiments
+import tables
+
+
+# ──────────────────────────────────────────────── tests/paste.py ────────────────────────────────────────────────
+
+def cut_out(path, size=(60, 90), colour=(25, 25, 25)):
+    """An opaque ellipse on nothing, with a transparent margin; size (h, w)."""
+    y, x = np.mgrid[:size[0], :size[1]]
+    inside = ((y - size[0] / 2) / (0.4 * size[0]))**2 + ((x - size[1] / 2) / (0.4 * size[1]))**2 <= 1
+    rgba = np.zeros((*size, 4), np.uint8)
+    rgba[inside] = (*colour, 255)
+    Image.fromarray(rgba).save(path)
+
+
+def test_paste_blends_and_labels():
+    """A uniform object on a uniform image: grey 25 · (100 / 25)^½ = 50 inside; nothing moves outside of it."""
+    image, label = np.full((40, 60, 3), 100, np.uint8), np.full((40, 60), 3, np.uint8)
+    piece = Image.fromarray(np.full((10, 20, 4), (25, 25, 25, 255), np.uint8))
+    alpha = paste.paste(image, label, piece, (5, 7, 12, 16))
+    box = np.zeros((40, 60), bool)
+    box[5:17, 7:23] = True
+    assert (image[~box] == 100).all() and (label[~box] == 3).all() and (alpha[~box] == 0).all()
+    assert (image[7:15, 9:21] == 50).all()
+    assert np.array_equal(label == common.ANOMALY, alpha >= 0.5) and set(np.unique(label)) == {3, common.ANOMALY}
+    assert (label == common.ANOMALY).sum() >= 10 * 14
+    assert np.allclose(image[..., 0], 100 - 50 * alpha, atol=0.51)
+
+
+@pytest.mark.parametrize("grey,expected", ((1, 2), (200, round(200 * 0.5**0.5)), (255, round(255 * (100 / 255)**0.5))))
+def test_paste_light(grey, expected):
+    """The factor is the root of the ratio, and at most 2."""
+    image, label = np.full((40, 60, 3), 100, np.uint8), np.zeros((40, 60), np.uint8)
+    paste.paste(image, label, Image.fromarray(np.full((9, 9, 4), (*[grey] * 3, 255), np.uint8)), (9, 9, 9, 9))
+    assert (image[12:15, 12:15] == expected).all()
+
+
+def test_paste_translucent():
+    """Where alpha is below ½ the image shines through, and the label stays."""
+    image, label = np.full((40, 60, 3), 100, np.uint8), np.full((40, 60), 3, np.uint8)
+    rgba = np.full((10, 20, 4), (100, 100, 100, 255), np.uint8)
+    rgba[:, :10, 3] = 102                                                          # 0.4
+    alpha = paste.paste(image, label, Image.fromarray(rgba), (5, 7, 10, 20))
+    assert np.allclose(alpha[7:13, 9:14], 0.4) and (alpha[7:13, 20:25] == 1).all()
+    assert (label[5:15, 7:14] == 3).all() and (label[7:13, 20:25] == common.ANOMALY).all()
+
+
+def test_paste_at_least_forty_pixels():
+    """Objects of a few pixels: more than three of them, if need be."""
+    image, label = np.full((24, 32, 3), 100, np.uint8), np.zeros((24, 32), np.uint8)
+    for seed in range(30):
+        assert (paste.pasted(image, label, None, np.random.default_rng(seed))[1] == common.ANOMALY).sum() >= 40
+
+
+def test_paste_beyond_the_edges():
+    for at in ((-6, -7, 12, 16), (33, 52, 12, 16)):
+        image, label = np.full((40, 60, 3), 100, np.uint8), np.zeros((40, 60), np.uint8)
+        paste.paste(image, label, Image.fromarray(np.full((12, 16, 4), (25, 25, 25, 255), np.uint8)), at)
+        inside = np.zeros((40, 60), bool)
+        inside[max(at[0], 0):at[0] + 12, max(at[1], 0):at[1] + 16] = True
+        assert ((label == common.ANOMALY) <= inside).all() and 40 <= (label == common.ANOMALY).sum() <= 6 * 9 + 7 * 8
+        assert (image[~inside] == 100).all()
+
+
+def test_paste_script(toy_root, tmp_path):
+    """A whole set: as many images, labels of the split but where an object lies, a folder that common.py reads, the
+    same bytes in a second run, and image N whatever the other images are."""
+    (tmp_path / "objects").mkdir()
+    for name in ("dog_1_2.png", "boat_3_1.png", "boat_4_1.png", "cat_1.png", "dog_2_border.png"):
+        cut_out(tmp_path / "objects" / name)
+    flags = ("--root", toy_root, "--objects", tmp_path / "objects", "--classes", "dog", "boat", "--seed", 5)
+    for out in ("a", "b"):
+        run_ok("tests/paste.py", *flags, "--out", out, folder=tmp_path)
+    before, after = common.Scenes("toy", toy_root, "val"), common.Scenes("folder", tmp_path / "a", "test")
+    assert after.classes == before.classes and len(after) == len(before) == 2
+    objects = paste.cut_outs(tmp_path / "objects", ["dog", "boat"])
+    assert {k: len(v) for k, v in objects.items()} == {"dog": 1, "boat": 2}
+    for i in (1, 0):
+        image, label = after.decode(i)
+        old_image, old_label = before.decode(i)
+        moved = label != old_label
+        assert moved.sum() >= 40 and (label[moved] == common.ANOMALY).all()
+        changed = (image != old_image).any(2)
+        assert changed.any() and not changed.all() and (changed & ~moved).sum() < moved.sum() / 2   # rims alone
+        expected = paste.pasted(old_image, old_label, objects, np.random.default_rng([5, i]))
+        assert np.array_equal(image, expected[0]) and np.array_equal(label, expected[1])
+        for kind in ("images", "labels"):
+            a, b = (tmp_path / out / kind / f"{i:04d}.png" for out in "ab")
+            assert a.read_bytes() == b.read_bytes()
+
+
+def test_paste_flowers(toy_root):
+    image, label = common.Scenes("toy", toy_root, "val").decode(0)
+    once, again, other = (paste.pasted(image, label, None, np.random.default_rng([s, 0])) for s in (0, 0, 1))
+    assert np.array_equal(once[0], again[0]) and not np.array_equal(once[0], other[0])
+    assert (once[1] == common.ANOMALY).sum() >= 40
+
+
+def test_paste_refuses(toy_root, tmp_path):
+    (tmp_path / "objects").mkdir()
+    cut_out(tmp_path / "objects/cat_1.png")
+    for flags, text in ((("--objects", "objects", "--classes", "dog"), "no dog_*.png"),
+                        (("--split", "test"), "anomalies already"), (("--out", "objects"), "is there already")):
+        done = run("tests/paste.py", "--root", toy_root, *(() if "--out" in flags else ("--out", "out")), *flags,
+                   folder=tmp_path)
+        assert done.code == 1 and text in done.err and done.err.count("\n") == 1, done.err
+        assert not (tmp_path / "out").exists()
+
+
+# ─────────────────────────────────────────────── experiments.py ───────────────────────────────────────────────
+
+def nodes_of(study, folder="runs", *flags):
+    return experiments.graph(study, experiments.parse([study, "--camvid", "camvid", "--folder", str(folder), *flags]))
+
+
+@pytest.mark.parametrize("study", experiments.STUDIES)
+def test_graph(study, monkeypatch):
+    """Whatever a command needs comes before it and makes what the command reads; the scripts know the flags."""
+    nodes = nodes_of(study, "runs", "--device", "cpu", "--workers", "1", "--precision", "float32")
+    names = [n["name"] for n in nodes]
+    assert len(set(names)) == len(names) == len({n["makes"] for n in nodes})
+    for k, node in enumerate(nodes):
+        assert set(node["needs"]) <= set(names[:k])
+        made = [n["makes"] for n in nodes if n["name"] in node["needs"]]
+        out = node["flags"][node["flags"].index("--out") + 1] if "--out" in node["flags"] else node["flags"][0]
+        if node["script"] != "pretrain.py":                                             # its default is read
+            assert node["folder"] / out in (node["makes"], node["makes"].parent)
+        for flag in ("--ckpt", "--aux"):
+            if flag in node["flags"]:
+                path = node["folder"] / node["flags"][node["flags"].index(flag) + 1]
+                assert any(path in (m, m.parent) for m in made), node
+        assert node["final"] == (node["script"] == "evaluate.py")
+        if not node["script"].startswith("tests/"):
+            monkeypatch.setattr(sys, "argv", [node["script"], *node["flags"]])
+            args = importlib.import_module(node["script"][:-3]).parse()
+            if node["script"] == "finetune.py" and study != "choice" and "recipe" in node["name"]:
+                assert args.loss is args.alpha is args.mix is args.bn is args.unknown is args.images is None
+    trained = [n for n in nodes if n["script"] == "finetune.py"]
+    assert len(trained) == (len(experiments.STUDIES[study]) - 1) * 3 * (1 if study == "quick" else 2)
+
+
+def test_choice_never_sees_test_images():
+    """It evaluates on toy_b and pasted images alone, whatever the default of evaluate.py is."""
+    tests = {tuple(n["flags"][2:6]) for n in nodes_of("choice", "/r") if n["final"]}
+    assert tests == {("--root", "/r/toy_b", "--panels", "0"), ("--data", "folder", "--root", "/r/pasted")}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Small commands: f writes its name into a file after `sleep` seconds, and fails where the file `fail` is."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\n_, name, seconds = sys.argv\ntime.sleep(float(seconds))\n"
+                      "open('order', 'a').write(name)\nprint('working')\n"
+                      "if os.path.exists('fail_' + name): sys.exit('no luck')\nopen(name, 'w')\n")
+
+    def node(name, needs=(), seconds=0, final=False):
+        return dict(name=name, script=str(script), flags=[name, str(seconds)], folder=tmp_path, needs=list(needs),
+                    makes=tmp_path / name, final=final, about={})
+    return node
+
+
+def test_execute(work, tmp_path):
+    """Order, a failure that stops only what needs it, and a second run that does the rest and nothing twice."""
+    nodes = [work("a"), work("b", "a"), work("c", "b", final=True), work("d", "a", final=True), work("e")]
+    (tmp_path / "fail_b").write_text("")
+    failed = experiments.execute(nodes, jobs=1)
+    assert (tmp_path / "order").read_text() == "abd" and set(failed) == {"b", "c"}      # nothing final needs e
+    assert failed["b"].startswith("exit 1: no luck") and failed["c"] == "needs b"
+    (tmp_path / "fail_b").unlink()
+    assert experiments.execute(nodes, jobs=2) == {} and (tmp_path / "order").read_text() == "abdbc"
+    assert experiments.execute(nodes, jobs=2) == {} and (tmp_path / "order").read_text() == "abdbc"
+    nodes[3]["flags"] = ["d", "0.0"]                                                    # other flags: again
+    (tmp_path / "a").unlink()                                                           # and what it needs
+    assert experiments.execute(nodes, jobs=1) == {} and (tmp_path / "order").read_text() == "abdbcad"
+
+
+def test_execute_at_once_and_deadline(work, tmp_path):
+    nodes = [work(n, seconds=0.7, final=True) for n in "abcd"]
+    begun = time.time()
+    failed = experiments.execute(nodes, jobs=3, deadline=0.4)
+    assert time.time() - begun < 2 and set(failed) == {"d"} and "deadline" in failed["d"]
+    assert sorted((tmp_path / "order").read_text()) == ["a", "b", "c"]
+
+
+def test_used_checkpoints_are_deleted(work, tmp_path):
+    nodes = [dict(work("a"), name="a"), work("b", "a", final=True), work("c", "a", final=True)]
+    tuned = tmp_path / "finetune.py"
+    shutil.copy(tmp_path / "script.py", tuned)
+    for node in nodes:
+        (tmp_path / node["name"]).write_text("")
+    nodes[0]["script"] = "finetune.py"
+    experiments.delete_used(nodes, {"c": nodes[2]})
+    assert (tmp_path / "a").exists()
+    experiments.delete_used(nodes, {})
+    assert not (tmp_path / "a").exists() and (tmp_path / "b").exists()
+
+
+def test_collect(tmp_path):
+    """Made-up outputs of two seeds, gathered in two calls, into one file without a path."""
+    out = tmp_path / "quick.json"
+    for seed in (0, 1):
+        nodes = nodes_of("quick", tmp_path / "runs", "--seeds", str(seed))
+        for node in nodes:
+            node["makes"].parent.mkdir(parents=True, exist_ok=True)
+            log = experiments.log_of(node, ".txt")
+            log.parent.mkdir(exist_ok=True)
+            log.write_text("settings: loss kl (recipe) · alpha 0.3 (flag) · crop (108, 192) (recipe) · seed 0\n")
+            experiments.log_of(node, ".ok").write_text(json.dumps(dict(flags=node["flags"], seconds=1)))
+            metrics = dict(aupr=10. + seed, auroc=80., fpr95=50., fpr95_first=50.1)
+            node["makes"].write_text(json.dumps(dict(
+                pooled=metrics, per_image=None, miou=70.5, environment=dict(device="a GPU", torch="2"),
+                protocol=dict(images=60, resolution=["192×108"], base_rate=2.5, unlabeled="negative", miou="",
+                              checkpoints={str(tmp_path): ""}),
+                rows=[dict(model="m", score="msp")],
+                figures={"all": dict(images=24, flip_rate=99.8, iterations_median=22., rms=20., mean_max_softmax=.6)})))
+        experiments.collect("quick", nodes, out)
+    text = out.read_text()
+    assert str(tmp_path) not in text and "runs" not in text
+    found = json.loads(text)
+    assert [(r["name"], r["seed"], r["pooled"]["aupr"]) for r in found["rows"]] == [
+        ("msp", 0, 10), ("msp", 1, 11), ("recipe", 0, 10), ("recipe", 1, 11)]
+    recipe = found["rows"][2]
+    assert recipe["device"] == "a GPU · torch 2" and recipe["set"] == "default" and recipe["miou"] == 70.5
+    assert recipe["settings"] == {"loss": "kl", "alpha": "0.3", "crop": "(108, 192)", "seed": "0"}
+    assert found["mgu"][0]["flip_rate"] == 99.8 and found["protocol"]["quick"]["base_rate"] == 2.5
+    assert tables.number(tables.load(tmp_path), "quick recipe pooled aupr") == "10.50"
+
+
+# ────────────────────────────────────────────────── tables.py ──────────────────────────────────────────────────
+
+@pytest.fixture
+def numbers(tmp_path):
+    """A JSON file of two seeds whose means, deviations and factors are easy by hand."""
+    def row(name, seed, aupr, fpr95, miou):
+        metrics = dict(aupr=aupr, auroc=80 + seed, fpr95=fpr95)
+        return dict(data="toy", seed=seed, test="toy", name=name, set=None, flags="", miou=miou, device="CPU",
+                    date="2026-01-02", pooled=metrics, per_image=dict(metrics, aupr=2 * aupr))
+    rows = [row("msp", 0, 4, 60, 80), row("msp", 1, 8, 50, 81),
+            row("recipe", 0, 8, 50, 79), row("recipe", 1, 12, 44, 81)]
+    settings = {"step": "plain", "step-size": "5.0", "max-steps": "80"}
+    sets = [dict(data="toy", seed=s, set="default", images=120, flip_rate=99 + s / 2, iterations_median=20, rms=12.25,
+                 mean_max_softmax=0.6, settings=settings) for s in (0, 1)]
+    (tmp_path / "main.json").write_text(json.dumps(dict(study="main", rows=rows, mgu=sets, protocol={
+        "toy": dict(images=60, base_rate=2.4567)})))
+    return tmp_path
+
+
+def test_numbers(numbers):
+    tests = tables.load(numbers)
+    for words, expected in {
+            "toy recipe pooled aupr": "10.00", "toy recipe pooled aupr sd": "2.83",      # √((2² + 2²) / 1)
+            "toy recipe pooled aupr factor": "× 1.75", "toy recipe pooled aupr least": "× 1.50",
+            "toy recipe pooled aupr factor-by-seed 1": "2.0, 1.5", "toy recipe pooled fpr95 gain": "−8.0",
+            "toy recipe per_image aupr by-seed 0": "16, 24", "toy recipe miou gain 2": "−0.50",
+            "toy recipe miou gain-by-seed 0": "−1, +0", "toy msp miou 1": "80.5", "toy mgu default flip_rate": "99.25",
+            "toy base_rate": "2.46", "toy images": "60", "toy noise pooled aupr": "not run",
+            "camvid recipe pooled aupr": "not run"}.items():
+        assert tables.number(tests, words) == expected, words
+    for words in ("toy recip pooled aupr", "toy recipe pooled aurp", "toy recipe pooled", "toy recipe miou sum 1"):
+        with pytest.raises((ValueError, KeyError)):
+            tables.number(tests, words)
+
+
+def test_tables(numbers):
+    toy = tables.load(numbers)["toy"]
+    assert tables.results(toy).splitlines()[-1] == (
+        "| **the recipe** | 2 | 10.00±2.83 / 80.50±0.71 / 47.00±4.24 | 20.00±5.66 / 80.50±0.71 / 47.00±4.24 "
+        "| 80.00±1.41 |")
+    assert tables.factors(toy).splitlines()[-1] == (
+        "| **the recipe** | × 1.75 (2.00, 1.50) | × 1.75 (2.00, 1.50) | −8.0, −8.0 | −0.5 |")
+    assert tables.mgu(toy).splitlines()[-1] == (
+        "| plain, η = 5.0, cap 80 | 2 | 120 | 99.25±0.35 | 20±0 | 0.600±0.000 | 12.2±0.0 |")
+    assert tables.hardware(toy) == "* CPU: 4 rows, 2026-01-02 to 2026-01-02\n"
+
+
+def test_seeds_of_one_row_ran_alike(numbers):
+    found = json.loads((numbers / "main.json").read_text())
+    for row, alpha in zip(found["rows"][2:], ("0.3", "0.1")):
+        row["settings"] = dict(alpha=alpha, seed="0")
+    (numbers / "main.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="recipe"):
+        tables.load(numbers)
+
+
+def test_one_changed_digit_is_found(numbers):
+    page = numbers / "README.md"
+    page.write_text("AUPR <!--= toy recipe pooled aupr factor-->?<!--/--> at\n<!-- table results toy -->\n"
+                    "<!-- /table -->\n")
+    assert tables.main([page], numbers) == 2 and tables.main([page], numbers, check=True) == 0
+    good = page.read_text()
+    assert "× 1.75<!--/--> at" in good and "10.00±2.83" in good
+    digits = [i for i, c in enumerate(good) if c.isdigit()]
+    assert len(digits) > 60
+    for i in digits:
+        page.write_text(good[:i] + str((int(good[i]) + 1) % 10) + good[i + 1:])
+        assert tables.main([page], numbers, check=True) == 1, good[i - 10:i + 10]
+    assert tables.main([page], numbers) == 1 and page.read_text() == good
+
+
+@pytest.mark.parametrize("path", tables.FILES, ids=lambda p: str(p.relative_to(REPO)))
+def test_readme(path, tmp_path):
+    """The two pages say what the JSON files say, and a changed digit between any two markers is found."""
+    assert tables.main([path], check=True) == 0
+    text = path.read_text()
+    for pattern in (tables.NUMBER, tables.TABLE):
+        for match in pattern.finditer(text):
+            digit = next((i for i in range(match.start(3), match.end(3)) if text[i].isdigit()), None)
+            if digit:
+                copy = tmp_path / "README.md"
+                copy.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1:])
+                assert tables.main([copy], check=True) == 1
+
+
+# ────────────────────────────────────────────────── choose.py ──────────────────────────────────────────────────
+
+def test_choice_rows_are_what_the_rule_says():
+    """The settings that choose.py would write into a recipe are those of the row that it looks at."""
+    rows = {name: (experiments.SETS[aux], changes) for name, _, aux, changes in experiments.CHOICE if aux}
+    for stage, options in choose.STAGES:
+        for name, settings in options.items():
+            ran = rows[name][stage == "finetune"]
+            assert {k: ran[k.replace("_", "-")] for k in settings} == settings, name
+
+
+def test_choose():
+    """The largest factor among the rows that lose at most 1.5 points; geometric mean; else the smallest loss."""
+    def row(name, aupr, miou, seed=0):
+        return dict(data="toy", test="toy_b", seed=seed, name=name, miou=miou, pooled=dict(aupr=aupr),
+                    per_image=dict(aupr=aupr))
+    rows = [row("msp", 5, 80), row("base", 10, 79), row("plain2", 9, 79.5), row("plain20", 20, 78),
+            row("kl0.1", 11, 78.6),
+            row("msp", 5, 80, 1), row("base", 10, 79, 1), row("plain2", 20, 79.5, 1), row("plain20", 20, 78, 1)]
+    chosen, told = choose.choose(rows, "toy")
+    assert chosen == {"mgu": dict(step_size=2.0), "finetune": dict(mix="clean", bn="train", loss="kl", alpha=0.1)}
+    assert "plain2 × 2.683 -0.50" in told[0]                                            # (9/5 · 20/5)^½
+    assert choose.choose([r for r in rows if r["name"] in ("msp", "plain20")] + [row("base", 30, 70)], "toy")[0] == {
+        "mgu": dict(step_size=20.0), "finetune": dict(mix="clean", bn="train", loss="kl", alpha=0.3)}
