@@ -85,7 +85,7 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8,
                          lr=1e-3, crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
-        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, bn="frozen")},
+        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean")},
     "toy": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
                          lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly"),

@@ -48,7 +48,7 @@ def parse():
                         "of X' − X on D_s with a random sign; still: X with D_s (default: aux)")
     g.add_argument("--mix", choices=("none", "clean", "train"),
                    help="known images beside the auxiliary ones, as many: clean: the X that each was made from; train: "
-                        "of the whole training split, augmented as in pretraining (ours: none; toy: clean)")
+                        "of the whole training split, augmented as in pretraining (ours: none; toy, camvid: clean)")
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS",
                    help="no auxiliary set: D_s is the pixels of these classes in the training images, and the other "
                         "pixels are D_k (Sec. IV-C)")

@@ -78,7 +78,7 @@ def training_flags(parser, epochs_help, micro_batch=32):
                    "lr·(1 − t/T)^0.9, DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of every random number (ours: 0)")
     g.add_argument("--bn", choices=("train", "frozen"), help="batch norm: statistics of the micro-batch, or the "
-                   "running ones, not updated (ours: train; camvid: frozen in fine-tuning)")
+                   "running ones, not updated (ours: train)")
     g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics "
                                   "and dropout masks)")
     g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device (default: "
