@@ -821,26 +821,19 @@ def draw_curves(rows, tallies, path):
 
 # ─────────────────────────────────────────────── photographs ───────────────────────────────────────────────
 
-def within(path, folder):
-    """Whether a path is a folder or lies in it, wherever links lead."""
-    path, folder = Path(path).resolve(), Path(folder).resolve()
-    return folder == path or folder in path.parents
-
-
-def find_photographs(paths, out):
+def find_photographs(paths):
     """({file: name of its results}, {file: why it cannot be read}) of photographs and folders, sub-folders included.
 
-    Left out are hidden files, results of this script and, unless it is asked for, what lies in `out`. The name of a
-    file in a sub-folder begins with that folder's. Raises InputError for two photographs of one name, and for none."""
+    Left out are hidden files and results of this script. The name of a file in a sub-folder begins with that folder's.
+    Raises InputError for two photographs of one name, and for none."""
     found = {}
     for given in paths:
         if not os.path.isdir(given):
             found[given] = Path(given).stem
             continue
         for file in sorted(common.walk(given)):
-            if own_file(file) or within(file, out) and not within(given, out):
-                continue
-            found[file] = "_".join(Path(file).relative_to(given).with_suffix("").parts)
+            if not own_file(file):
+                found[file] = "_".join(Path(file).relative_to(given).with_suffix("").parts)
     if not found:
         raise common.InputError(f"{', '.join(paths)}: no photographs; expected image files")
     photographs, unread, first = {}, {}, {}
@@ -912,7 +905,7 @@ def photographs(models, classes, args, device, out):
 
     Raises InputError at the end, with a line for each file that could not be read or scored."""
     warnings.filterwarnings("ignore", module="PIL")   # its remarks on odd files: what cannot be read is listed
-    files, failed = find_photographs(args.images, out)
+    files, failed = find_photographs(args.images)
     name, N = args.score[0], len(classes)
     originals = {os.path.realpath(p) for p in files}
     for result in (out / f"{stem}{suffix}" for stem in files.values() for suffix in PHOTOGRAPH):
