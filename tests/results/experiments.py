@@ -4,8 +4,8 @@
     python tests/results/experiments.py main --camvid /data/CamVid_240 --seeds 0 1 2 --jobs 8 --folder runs
     python tests/results/experiments.py choice --camvid /data/CamVid_240 --sets pasted=/data/pasted     # tests/paste.py
 
-    in     a study: `choice` and `mix` (sets on which recipes are chosen, never test images), `main` (test images),
-           `quick` (the README's four commands)
+    in     a study: `choice` (sets on which recipes are chosen, never test images), `main` (test images), `quick` (the
+           README's four commands)
     out    FOLDER/DATA/SEED/: what the scripts write, logs/NAME.txt of every command; STUDY.json here, without paths
 
 What has finished is not run again, so the same command continues. A command that fails does not stop those that do not
@@ -72,9 +72,7 @@ CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, change
     ("unknown-all", "D_s = all of I_ỹ", "plain5", {"unknown": "all"}),
     *((f"{images}-clean", f"control: {label}", "plain5", {"images": images}) for images, label in CONTROLS.items())))]
 
-# Known images and batch norm alone, on the toy: what two CPU cores finish in 20 minutes
-MIX = [row for row in CHOICE if row[0] in ("msp", "base", "mix-none", "mix-train", "frozen-clean")]
-STUDIES = {"choice": CHOICE, "mix": MIX, "main": MAIN,
+STUDIES = {"choice": CHOICE, "main": MAIN,
            "quick": [MSP, ("recipe", "**the recipe**", "default", {})]}
 
 
@@ -99,10 +97,10 @@ def graph(study, args):
         roots["toy"] = runs / "toy_data"
         ready["toy"] = [add("toy_data", "tests/toy.py", [roots["toy"]], runs, [], "toy_data")]
         tests["toy"] = {"quick" if study == "quick" else "toy": ["--root", roots["toy"]]}
-        if study in ("choice", "mix"):
+        if study == "choice":
             ready["toy"] += [add("toy_b", "tests/toy.py", [runs / "toy_b", "--seed", 1], runs, [], "toy_b")]
-            tests["toy"] = {"toy_b" if study == "choice" else "toy_b_mix": ["--root", runs / "toy_b"]}
-    if "camvid" in args.data and study not in ("mix", "quick"):
+            tests["toy"] = {"toy_b": ["--root", runs / "toy_b"]}
+    if "camvid" in args.data and study != "quick":
         roots["camvid"], ready["camvid"] = Path(args.camvid).resolve(), []
         tests["camvid"] = {"camvid": ["--root", roots["camvid"]]}
         if study == "choice":
@@ -330,7 +328,7 @@ def parse(argv=None):
     p.add_argument("--workers", type=int, help="loader processes of a training run (default: the scripts')")
     p.add_argument("--precision", choices=("float32", "bf16"), help="of training (default: the scripts')")
     args = p.parse_args(argv)
-    if "camvid" in args.data and not args.camvid and args.study not in ("mix", "quick"):
+    if "camvid" in args.data and not args.camvid and args.study != "quick":
         p.error("expected --camvid ROOT, or --data toy")
     return args
 
