@@ -66,15 +66,14 @@ class InputError(Exception):
 
 PAPER = {   # Section IV-A
     "pretrain": dict(arch="deeplabv3", epochs=1000, batch_size=256, lr=1e-4),
-    "mgu": dict(per_class=300, step="plain"),
+    "mgu": dict(per_class=300),
     "finetune": dict(epochs={"deeplabv3": 10, "pspnet": 30, "fpn": 10},   # fpn is not the paper's: as deeplabv3
                      batch_size=256, lr=1e-4, alpha=0.05, loss="er"),
 }
 OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "pretrain": dict(backbone="resnet50", weights="imagenet", crop=(512, 512), scale=(0.5, 2.0),
                      schedule="constant", bn="train", width=256),
-    "mgu": dict(step_size={"plain": 5.0, "sign": 1.0}, double_every={"plain": 0, "sign": 16}, max_steps=80,
-                batch_size=4),
+    "mgu": dict(step_size=5.0, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix="none"),
 }
 RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
@@ -107,9 +106,9 @@ def resolve(args, stage, data, arch=None):
                 if name in table:
                     value = table[name]
                     break
-        if isinstance(value, dict):   # a default that depends on another setting
-            # ASSUMPTION: epochs of an architecture that the paper does not have: DeepLabv3's
-            value = value.get(arch, value["deeplabv3"]) if name == "epochs" else value[args.step]
+        if isinstance(value, dict):   # epochs, by architecture
+            # ASSUMPTION: of one that the paper does not have: DeepLabv3's
+            value = value.get(arch, value["deeplabv3"])
         setattr(args, name, value)
         told.append(f"{name.replace('_', '-')} {value} ({source})")
     return "settings: " + " · ".join([*told, f"seed {args.seed}"])

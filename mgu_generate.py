@@ -22,11 +22,9 @@ Algorithm 1, for an image X with labels Z, a class ỹ that occurs in it, and al
     8       end for
     9   end while
 update() is lines 5 to 8, mgu() the rest, for many images at once. Run as printed, with η for images in [0, 1], but for:
-  DEVIATION 1  only with --step sign: one grey level against the sign of the gradient of every value, and η doubles
-               every 16 iterations for the pixels that resist. Kept to be compared with the printed step.
-  DEVIATION 2  X' is clamped to the range of an image in every iteration. Gradients are heavy-tailed: without the clamp
+  DEVIATION 1  X' is clamped to the range of an image in every iteration. Gradients are heavy-tailed: without the clamp
                a few pixels leave the range by hundreds of grey levels, and 8-bit storage undoes their flips.
-  DEVIATION 3  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty; what is
+  DEVIATION 2  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty; what is
                kept of an image that reaches it is the X' with the fewest pixels in P_ỹ.
 What the paper leaves open is marked ASSUMPTION where it is decided. A run that was killed continues when the command
 is repeated. The set has the same bytes in every run on a CPU; on a GPU as far as its kernels are deterministic.
@@ -61,14 +59,8 @@ def parse():
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=common.whole(),
                    help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 10, camvid: 20)")
-    p.add_argument("--step", choices=("plain", "sign"),
-                   help="X' − η∇L for images in [0, 1] as in Algorithm 1, line 7, or X' − η·sign(∇L), η in grey levels "
-                        "(paper: plain)")
     p.add_argument("--step-size", type=common.real(0, above=True), metavar="η",
-                   help="η (ours: 5 for plain, 1 grey level for sign)")
-    p.add_argument("--double-every", type=common.whole(0), metavar="ITERATIONS",
-                   help="double η for what has not flipped after so many, and again after as many more; 0: never "
-                        "(ours: 0 for plain, 16 for sign)")
+                   help="η of Algorithm 1, line 7, for images in [0, 1] (ours: 5)")
     p.add_argument("--max-steps", type=common.whole(), help="iterations after which an image is given up (ours: 80)")
     p.add_argument("--batch-size", type=common.whole(),
                    help="images at once on a device; sets the memory, not the result (ours: 4; toy, camvid: 8)")
@@ -84,13 +76,13 @@ def parse():
 
 # ───────────────────────────────────────────── Algorithm 1 ─────────────────────────────────────────────
 
-def update(f, X_aux, I, y, eta, sign=False):
+def update(f, X_aux, I, y, eta):
     """Lines 5 to 8, one iteration of every image of a batch: (P_ỹ, the next X').
 
     f is frozen: the gradient is with respect to the image. P_ỹ is computed anew from all of I_ỹ, so a pixel that had
     flipped and fell back when its neighbours moved is in it again.
     X_aux (B, 3, H, W) float, grey levels 0..255; I = I_ỹ (B, H, W) bool; y = ỹ (B,) int64; P_ỹ (B, H, W) bool.
-    eta: η for images in [0, 1]; with `sign`, in grey levels; a number or (B, 1, 1, 1)."""
+    eta: η, a number, for images in [0, 1]."""
     X = (X_aux / 255).requires_grad_(True)                               # X' as f takes it
     logits = f(X)
     # 5: P_ỹ ← {(h, w) ∈ I_ỹ : arg max_i S_i(X'_{h,w}) = ỹ}; the arg max of the logits is that of S
@@ -99,12 +91,12 @@ def update(f, X_aux, I, y, eta, sign=False):
     gradient, = torch.autograd.grad(L.sum(), X)      # L_b depends on image b alone: the sum keeps the images apart
     # 6 to 8: for (h, w) in P_ỹ: X'_{h,w} ← X'_{h,w} − η ∇_{X'_{h,w}} L_mgu(f(X'), ỹ)
     # ASSUMPTION: the loop is over one gradient: all of P_ỹ moves at once
-    move = eta * gradient.sign() if sign else 255 * eta * gradient       # in grey levels; DEVIATION 1: the sign
-    X_next = (X_aux - move).clamp(0, 255)                                # DEVIATION 2: the clamp
+    X_next = X_aux - 255 * eta * gradient                                # 255: η∇L in grey levels
+    X_next = X_next.clamp(0, 255)                                        # DEVIATION 1: the clamp
     return P, torch.where(P[:, None], X_next, X_aux)
 
 
-def mgu(f, jobs, batch_size, step="plain", eta=5.0, double_every=0, max_steps=80, device="cpu", tf32=False):
+def mgu(f, jobs, batch_size, eta=5.0, max_steps=80, device="cpu", tf32=False):
     """Algorithm 1 for many images; yields (key, X' in grey levels (3, H, W), P_ỹ of the first iteration, history of
     |P_ỹ|) as they end. X' is that of the smallest |P_ỹ|: the last one, unless the cap ended it.
 
@@ -120,17 +112,16 @@ def mgu(f, jobs, batch_size, step="plain", eta=5.0, double_every=0, max_steps=80
         if not any(places):                                              # the start, or images of another size
             X_aux = torch.zeros(batch_size, *job[1].shape, device=device).contiguous(memory_format=torch.channels_last)
             I = torch.zeros(batch_size, *job[1].shape[1:], dtype=torch.bool, device=device)
-            y, t, fewest = torch.zeros(3, batch_size, dtype=torch.int64, device=device)   # t: iterations so far
+            y, fewest = torch.zeros(2, batch_size, dtype=torch.int64, device=device)      # fewest: smallest |P_ỹ|
             X_best = X_aux.clone()
         for b in range(batch_size):
             if places[b] is None and job and job[1].shape == X_aux.shape[1:]:
                 key, X_aux[b], I[b], y[b] = job                          # 1: X' ← X; 2: I_ỹ; 3 only opens the loop
-                t[b], fewest[b] = 0, I[b].numel() + 1
+                fewest[b] = I[b].numel() + 1
                 places[b], job = dict(key=key, history=[]), next(jobs, None)
 
-        eta_t = eta * (2.0**(t // double_every)).view(-1, 1, 1, 1) if double_every else eta   # DEVIATION 1: doubling
         with allow_tf32(tf32):
-            P, X_next = update(f, X_aux, I, y, eta_t, step == "sign")    # 5 to 8
+            P, X_next = update(f, X_aux, I, y, eta)                      # 5 to 8
 
         size = P.sum((1, 2))                                             # |P_ỹ| of each image: (B,)
         X_best = torch.where((size < fewest).view(-1, 1, 1, 1), X_aux, X_best)
@@ -139,10 +130,10 @@ def mgu(f, jobs, batch_size, step="plain", eta=5.0, double_every=0, max_steps=80
             if places[b]:
                 places[b]["history"].append(n)
                 places[b].setdefault("first", P[b])
-                if n == 0 or len(places[b]["history"]) > max_steps:      # 4: while P_ỹ ≠ ∅; DEVIATION 3: or the cap
+                if n == 0 or len(places[b]["history"]) > max_steps:      # 4: while P_ỹ ≠ ∅; DEVIATION 2: or the cap
                     yield places[b]["key"], X_best[b].cpu(), places[b]["first"].cpu(), places[b]["history"]
                     places[b], I[b] = None, False
-        X_aux, t = X_next, t + 1                                         # 9
+        X_aux = X_next                                                   # 9
 
 
 @contextlib.contextmanager
@@ -243,12 +234,11 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
 
     # Reading takes as long as a few iterations on a GPU, and so does compressing: both run beside them
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(4) as writers:
-        ended = mgu(f_folded, ahead(reader, job, jobs), args.batch_size, args.step, args.step_size,
-                    args.double_every, args.max_steps, device, tf32)
+        ended = mgu(f_folded, ahead(reader, job, jobs), args.batch_size, args.step_size, args.max_steps, device, tf32)
 
         def samples():                                                   # (path, arrays), as images end
             for (y, i, label), X_aux, first, history in ended:
-                image = X_aux.round().to(torch.uint8)                    # changes nothing after sign steps
+                image = X_aux.round().to(torch.uint8)
                 flipped = predict(f, image, device)[0] != y
                 yield out / sample_name(scenes, y, i), dict(
                     format=common.FORMAT, image=image.permute(1, 2, 0).numpy(), label=label.numpy(),
@@ -370,9 +360,6 @@ def main():
         deterministic()
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, "mgu", checkpoint["data"], f.arch))
-    # sign steps stay on the 8-bit grid, so that rounding for the file undoes none of them
-    if args.step == "sign" and args.step_size % 1:
-        raise common.InputError(f"--step-size {args.step_size}: sign steps are whole grey levels, expected 1, 2, …")
     with common.first_rank_first():
         root = common.data_root(args.root, checkpoint)
         scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
@@ -389,8 +376,8 @@ def main():
     out = Path(args.out)
     settings = dict(
         ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(),
-        per_class=args.per_class, step=args.step, step_size=args.step_size, double_every=args.double_every,
-        max_steps=args.max_steps, precision="tf32" if tf32 else "float32", seed=args.seed, min_pixels=MIN_PIXELS)
+        per_class=args.per_class, step_size=args.step_size, max_steps=args.max_steps,
+        precision="tf32" if tf32 else "float32", seed=args.seed, min_pixels=MIN_PIXELS)
     with common.locked(out / "manifest.json"):
         with common.first_rank_first():
             if common.rank() == 0:

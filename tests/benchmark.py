@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import inspect
 import io
 import json
 import math
@@ -157,7 +156,7 @@ def bench_metrics(small=False):
 
 # ─────────────────────────────────────────────────── mgu ───────────────────────────────────────────────────
 
-def literal_mgu(f, X, I, y, step, eta, max_steps):
+def literal_mgu(f, X, I, y, eta, max_steps):
     """Algorithm 1 for one image, line by line; the baseline. Returns the X' of the smallest |P_ỹ|, in grey levels, and
     |P_ỹ| of each iteration."""
     X_aux, history = X.clone(), []
@@ -172,7 +171,7 @@ def literal_mgu(f, X, I, y, step, eta, max_steps):
             return best, history
         gradient, = torch.autograd.grad(S[y][P].mean(), X_aux)
         X_aux = X_aux.detach()
-        moved = eta * gradient.sign() if step == "sign" else eta * 255**2 * gradient
+        moved = eta * 255**2 * gradient                          # η for images in [0, 1], X' in grey levels
         X_aux = torch.where(P, (X_aux - moved).clamp(0, 255), X_aux)
 
 
@@ -198,7 +197,7 @@ def run_mgu(images, batch_size, shape):
     y = int(f(common.to_input(NoiseScenes(shape, 0)[0]["image"][None])).argmax(1).mode().values.mode().values)
     imported = memory(False)
     with tempfile.TemporaryDirectory() as folder:
-        args = argparse.Namespace(batch_size=batch_size, step="sign", step_size=1.0, double_every=0, max_steps=3)
+        args = argparse.Namespace(batch_size=batch_size, step_size=5.0, max_steps=3)
         mgu_generate.generate(f, NoiseScenes(shape, y), [(y, i) for i in range(images)], Path(folder), args,
                               torch.device("cpu"))
     return memory() - imported
@@ -220,19 +219,18 @@ def bench_mgu(args, device):
         jobs = [(k, X[k], top[k] == y, y) for k, y in enumerate(ys)]
     cap = 5 if args.small else args.max_steps
     f = f.to(device)
-    print(f"mgu: {len(jobs)} images of {tuple(jobs[0][1].shape[1:])}, {f.arch} on {f.backbone_name}, sign step of 1 "
-          f"grey level, cap {cap}; {common.about_run(device)}")
+    print(f"mgu: {len(jobs)} images of {tuple(jobs[0][1].shape[1:])}, {f.arch} on {f.backbone_name}, "
+          f"η = 5, cap {cap}; {common.about_run(device)}")
     literal = copy.deepcopy(f).to(memory_format=torch.contiguous_format).requires_grad_(False)
     folded = mgu_generate.fold_batch_norm(f)
     ratios = []
     for turn in range(1 if args.small else args.repeat):
         synchronise(device)
         begun = time.perf_counter()
-        slow = {k: literal_mgu(literal, X.to(device).float(), I.to(device), y, "sign", 1.0, cap)
-                for k, X, I, y in jobs}
+        slow = {k: literal_mgu(literal, X.to(device).float(), I.to(device), y, 5.0, cap) for k, X, I, y in jobs}
         synchronise(device)
         t_slow, begun = time.perf_counter() - begun, time.perf_counter()
-        engine = mgu_generate.mgu(folded, jobs, args.batch_size, "sign", 1.0, 0, cap, device)
+        engine = mgu_generate.mgu(folded, jobs, args.batch_size, 5.0, cap, device)
         fast = {k: (X, history) for k, X, _, history in engine}
         synchronise(device)
         t_fast = time.perf_counter() - begun
@@ -711,11 +709,11 @@ def time_mgu(f, size, batch, tf32, engine, deterministic, seconds, device):
     torch.utils.deterministic.fill_uninitialized_memory = False
     if engine == "batched":
         net = mgu_generate.fold_batch_norm(f)
-        work = lambda cap: sum(len(h) for *_, h in run_engine(net, jobs, batch, 0.0, cap, device, tf32))
+        work = lambda cap: sum(len(h) for *_, h in mgu_generate.mgu(net, jobs, batch, 0.0, cap, device, tf32))
     else:
         net = copy.deepcopy(f).to(memory_format=torch.contiguous_format).requires_grad_(False)
         image, I = X[0].to(device).float(), jobs[0][2].to(device)
-        work = lambda cap: len(literal_mgu(net, image, I, y, "plain", 0.0, cap)[1])
+        work = lambda cap: len(literal_mgu(net, image, I, y, 0.0, cap)[1])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                    # of operations without a deterministic kernel
@@ -736,12 +734,6 @@ def time_mgu(f, size, batch, tf32, engine, deterministic, seconds, device):
     return dict(batch=batch if engine == "batched" else 1, image_iterations_per_second=round(rate, 2),
                 **speed(2 * common_tflop(f, size) * rate, device),   # forward, gradient of the input
                 gib=peak_memory(device), gib_first_steps=first)
-
-
-def run_engine(f, jobs, batch, eta, cap, device, tf32=False):
-    """mgu_generate.mgu() with plain steps."""
-    more = dict(tf32=tf32) if "tf32" in inspect.signature(mgu_generate.mgu).parameters else {}
-    return mgu_generate.mgu(f, jobs, batch, step="plain", eta=eta, double_every=0, max_steps=cap, device=device, **more)
 
 
 class TestScenes(RandomScenes):
@@ -918,7 +910,8 @@ def step_bytes(stage, arch, backbone, size, batch, precision):
                 with torch.no_grad():
                     evaluate.score_msp(f(X))
             elif stage == "mgu":
-                best, X = X.clone(), X.requires_grad_(True)
+                own.append(X.clone())                    # mgu()'s X_best, held all the while
+                X.requires_grad_(True)
                 logits = f(X / 255)
                 P = D_s & (logits.argmax(1) == y.view(-1, 1, 1))
                 L = common.loss_mgu(common.log_softmax(logits), P, y)

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common
 import evaluate
 import finetune
-import mgu_generate
 import pretrain
 from runner import REPO, lines, run_ok, run_ranks
 

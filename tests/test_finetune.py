@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import common
-import finetune
 import pretrain
 from finetune import AuxiliarySet, add_with_rms
 from runner import REPO, run, run_ok

@@ -293,8 +293,8 @@ def test_mgu_killed_and_continued(aux, small, tmp_path):
 def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
     shutil.copytree(aux, tmp_path / "auxiliary")
     before = contents(tmp_path / "auxiliary")
-    for flags, said in ((("--seed", 1), "seed 0, this run has 1"), (("--step-size", 2), "step-size 5.0, this run has 2.0"),
-                        (("--step", "sign"), "step plain, this run has sign")):
+    for flags, said in ((("--seed", 1), "seed 0, this run has 1"),
+                        (("--step-size", 2), "step-size 5.0, this run has 2.0")):
         one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, *flags, folder=tmp_path), said, "--restart")
     assert contents(tmp_path / "auxiliary") == before
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU[:-2], "--max-steps", 1, "--restart", folder=tmp_path)
@@ -333,7 +333,7 @@ def test_help(script, tmp_path):
 
 def test_values_out_of_range(tmp_path):
     for script, *wrong in (("finetune.py", "--alpha", "-0.1"), ("finetune.py", "--alpha", "nan"), ("finetune.py", "--lr", "0"),
-                           ("mgu_generate.py", "--step-size", "inf"), ("mgu_generate.py", "--step", "cube"), ("pretrain.py", "--data", "kitti"),
+                           ("mgu_generate.py", "--step-size", "inf"), ("mgu_generate.py", "--step-size", "0"), ("pretrain.py", "--data", "kitti"),
                            ("pretrain.py", "--crop", "64"), ("pretrain.py", "--scale", "2", "0.5"), ("evaluate.py", "--score", "magic")):
         done = run(script, *wrong, folder=tmp_path)
         assert done.code == 2 and wrong[0] in done.err and "Traceback" not in done.err, done.err
@@ -376,7 +376,6 @@ def test_mistakes_are_one_line(aux, small, tmp_path):
             ("mgu_generate.py", "--ckpt", ckpt, "--root", "empty", "empty"),
             ("mgu_generate.py", "--ckpt", ckpt, "--root", "nowhere", "nowhere: not the layout of toy"),
             ("mgu_generate.py", "--ckpt", ckpt, "--out", "file", "file"),
-            ("mgu_generate.py", "--ckpt", ckpt, "--step", "sign", "--step-size", "0.5", "whole grey levels"),
             (*tune, "--aux", "nowhere", "nowhere/manifest.json"),
             (*tune, "--aux", "gap", "missing"),
             (*tune, "--aux", "torn", "not an auxiliary sample"),
