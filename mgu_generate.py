@@ -410,7 +410,8 @@ def prepare(out, settings, restart):
         path.unlink()
     if manifest.exists():                                                # continue, with the same settings alone
         before = manifest_settings(manifest)
-        for name, value in settings.items():
+        for name in {**settings, **before}:
+            value = settings.get(name)
             if before.get(name) != value:
                 raise common.InputError(
                     f"{manifest}: this set was made with {name.replace('_', '-')} {before.get(name)}, "

@@ -352,8 +352,9 @@ def test_resolve_takes_flag_then_recipe_then_paper():
     args.lr = 3e-4
     told = common.resolve(args, "finetune", "camvid", "pspnet")
     assert told.endswith(" · seed 3")
-    assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss, args.mix) == (3e-4, 8, 30, 0.3, "kl", "none")
-    for part in ("lr 0.0003 (flag)", "batch-size 8 (recipe)", "epochs 30 (paper)", "alpha 0.3 (recipe)", "bn frozen (recipe)", "unknown flipped (ours)"):
+    assert (args.lr, args.batch_size, args.epochs, args.alpha, args.loss, args.mix) == (3e-4, 8, 30, 0.3, "kl", "clean")
+    for part in ("lr 0.0003 (flag)", "batch-size 8 (recipe)", "epochs 30 (paper)", "alpha 0.3 (recipe)",
+                 "mix clean (recipe)", "bn train (ours)", "unknown flipped (ours)"):
         assert part in told
 
 

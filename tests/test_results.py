@@ -255,7 +255,7 @@ def numbers(tmp_path):
                     date="2026-01-02", pooled=metrics, per_image=dict(metrics, aupr=2 * aupr))
     rows = [row("msp", 0, 4, 60, 80), row("msp", 1, 8, 50, 81),
             row("recipe", 0, 8, 50, 79), row("recipe", 1, 12, 44, 81)]
-    settings = {"step": "plain", "step-size": "5.0", "max-steps": "80"}
+    settings = {"step-size": "5.0", "max-steps": "80"}
     sets = [dict(data="toy", seed=s, set="default", images=120, flip_rate=99 + s / 2, iterations_median=20, rms=12.25,
                  mean_max_softmax=0.6, settings=settings) for s in (0, 1)]
     (tmp_path / "main.json").write_text(json.dumps(dict(study="main", rows=rows, mgu=sets, protocol={
@@ -287,7 +287,7 @@ def test_tables(numbers):
     assert tables.factors(toy).splitlines()[-1] == (
         "| **the recipe** | × 1.75 (2.00, 1.50) | × 1.75 (2.00, 1.50) | −8.0, −8.0 | −0.5 |")
     assert tables.mgu(toy).splitlines()[-1] == (
-        "| plain, η = 5.0, cap 80 | 2 | 120 | 99.25±0.35 | 20±0 | 0.600±0.000 | 12.2±0.0 |")
+        "| η = 5.0, cap 80 | 2 | 120 | 99.25±0.35 | 20±0 | 0.600±0.000 | 12.2±0.0 |")
     assert tables.hardware(toy) == "* CPU: 4 rows, 2026-01-02 to 2026-01-02\n"
 
 

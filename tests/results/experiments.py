@@ -36,9 +36,8 @@ PER_CLASS = {"toy": 10, "camvid": 20}   # auxiliary images of each class
 
 # name of a set: flags of mgu_generate.py beside --per-class. `default`: whatever the defaults are
 SETS = {"default": {}}
-SETS.update({f"plain{eta}": {"step": "plain", "step-size": eta, "max-steps": 80} for eta in (5, 2, 10, 20)})
-SETS.update({f"plain{eta}-cap40": {"step": "plain", "step-size": eta, "max-steps": 40} for eta in (5, 10)})
-SETS["signstep"] = {"step": "sign", "step-size": 1, "double-every": 16, "max-steps": 80}
+SETS.update({f"plain{eta}": {"step-size": eta, "max-steps": 80} for eta in (5, 2, 10, 20)})
+SETS["plain5-cap40"] = {"step-size": 5, "max-steps": 40}
 
 # A row: (name, what the tables call it, its set or None for the pretrained model, flags of finetune.py)
 MSP = ("msp", "MSP", None, {})
@@ -54,12 +53,11 @@ MAIN = [MSP, *((name, f"control: {label}", "default", {"images": name}) for name
 # The choice moves one thing at a time from the base, on the set plain5
 BASE = {"loss": "kl", "alpha": 0.3, "mix": "clean", "bn": "train", "unknown": "flipped", "images": "aux"}
 CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, changes in (
-    ("base", "**base**: plain, η = 5, cap 80; L_KL, α = 0.3, clean images mixed in", "plain5", {}),
+    ("base", "**base**: η = 5, cap 80; L_KL, α = 0.3, clean images mixed in", "plain5", {}),
     ("plain2", "η = 2", "plain2", {}),
     ("plain10", "η = 10", "plain10", {}),
     ("plain20", "η = 20", "plain20", {}),
     ("plain5-cap40", "η = 5, cap 40", "plain5-cap40", {}),
-    ("signstep", "sign step, doubled every 16", "signstep", {}),
     ("mix-none", "no known images", "plain5", {"mix": "none"}),
     ("mix-train", "training images mixed in", "plain5", {"mix": "train"}),
     ("kl0.05", "L_KL, α = 0.05", "plain5", {"alpha": 0.05}),

@@ -152,7 +152,7 @@ def mgu(test):
         sets = [m for m in test["mgu"] if m["set"] == name]
         if sets:
             s = sets[0]["settings"]
-            step = f"{s.get('step')}, η = {s.get('step-size')}, cap {s.get('max-steps')}"
+            step = f"η = {s.get('step-size')}, cap {s.get('max-steps')}"
             values = [mean_sd([m[k] for m in sets], d) for k, d in (("flip_rate", 2), ("iterations_median", 0),
                                                                     ("mean_max_softmax", 3), ("rms", 1))]
             rows.append([step, str(len(sets)), str(sets[0]["images"]), *values])
