@@ -121,7 +121,7 @@ def graph(study, args):
         for data, seed in pairs:
             folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
             if aux:
-                flags = as_flags({"per-class": PER_CLASS[data]} | SETS[aux])
+                flags = as_flags(({} if study == "quick" else {"per-class": PER_CLASS[data]}) | SETS[aux])
                 mgu = add(f"{data}/{seed}/mgu_{aux}", "mgu_generate.py",
                           [*flags, "--seed", seed, "--out", f"auxiliary_{aux}", *common],
                           folder, [model], f"auxiliary_{aux}/manifest.json")
