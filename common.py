@@ -88,7 +88,7 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
     "toy": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
                          lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly"),
-        "mgu": dict(per_class=7, batch_size=8),
+        "mgu": dict(per_class=10, step_size=10.0, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean")},
 }
 

@@ -58,9 +58,9 @@ def parse():
                    help="checkpoint of pretrain.py: f, frozen (default: pretrained.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=common.whole(),
-                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 7, camvid: 20)")
+                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 10, camvid: 20)")
     p.add_argument("--step-size", type=common.real(0, above=True), metavar="η",
-                   help="η of Algorithm 1, line 7, for images in [0, 1] (ours: 5)")
+                   help="η of Algorithm 1, line 7, for images in [0, 1] (ours: 5; toy: 10)")
     p.add_argument("--max-steps", type=common.whole(), help="iterations after which an image is given up (ours: 80)")
     p.add_argument("--batch-size", type=common.whole(),
                    help="images at once on a device; sets the memory, not the result (ours: 4; toy, camvid: 8)")
