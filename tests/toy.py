@@ -11,6 +11,7 @@ the ground is seen at (vx + X k, hy + (H - hy) k - h k). Every machine must draw
 import argparse
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -232,14 +233,18 @@ def write_toy(root, seed=0, counts=(480, 40, 60)):
     """Write counts = (training, validation, test) scenes under `root`; every scene has its own generator."""
     root = os.path.normpath(root)
     tmp = f"{root}.tmp{os.getpid()}"    # beside it, and renamed when complete: a killed run leaves nothing half-written
-    for split, count in enumerate(counts):
-        for i in range(count):
-            town = ("train/{}/training/t1-3", "train/{}/validation/t4", "test/{}/test/t5", "test/{}/test/t6")[
-                split + (split == 2 and 3 * i >= 2 * count)]
-            scene = toy_scene(np.random.default_rng([seed, split, i]), anomaly=split == 2)
-            for kind, a in zip(("images", "annotations"), scene):
-                os.makedirs(f"{tmp}/{town.format(kind)}", exist_ok=True)
-                Image.fromarray(a).save(f"{tmp}/{town.format(kind)}/{i}.png")
+
+    def write(split, i, count):
+        town = ("train/{}/training/t1-3", "train/{}/validation/t4", "test/{}/test/t5", "test/{}/test/t6")[
+            split + (split == 2 and 3 * i >= 2 * count)]
+        scene = toy_scene(np.random.default_rng([seed, split, i]), anomaly=split == 2)
+        for kind, a in zip(("images", "annotations"), scene):
+            os.makedirs(f"{tmp}/{town.format(kind)}", exist_ok=True)
+            Image.fromarray(a).save(f"{tmp}/{town.format(kind)}/{i}.png")
+
+    jobs = [(split, i, count) for split, count in enumerate(counts) for i in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:    # numpy and the PNG encoder release the interpreter lock
+        list(pool.map(lambda job: write(*job), jobs))
     if os.path.isdir(root):    # os.replace() moves no folder onto a full one
         os.replace(root, tmp + ".old")
     os.replace(tmp, root)
