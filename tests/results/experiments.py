@@ -32,7 +32,7 @@ processes = multiprocessing.get_context("forkserver")
 
 # ───────────────────────────────────────────── the experiments ─────────────────────────────────────────────
 
-PER_CLASS = {"toy": 10, "camvid": 20}   # auxiliary images of each class
+PER_CLASS = {"toy": 10, "camvid": 20}   # auxiliary images of each class; as the defaults
 
 # name of a set: flags of mgu_generate.py beside --per-class. `default`: whatever the defaults are
 SETS = {"default": {}}
@@ -43,12 +43,12 @@ SETS["plain5-cap40"] = {"step-size": 5, "max-steps": 40}
 MSP = ("msp", "MSP", None, {})
 CONTROLS = {"clean": "X, no D_s (L_k alone)", "still": "X unmoved, the same D_s", "noise": "X' − X shuffled over D_s",
             "sign": "random sign of every value of X' − X"}
-MAIN = [MSP, *((name, f"control: {label}", "default", {"images": name}) for name, label in CONTROLS.items()),
-        ("er005", "L_ER, α = 0.05", "default", {"loss": "er", "alpha": 0.05}),
-        ("kl005", "L_KL, α = 0.05", "default", {"loss": "kl", "alpha": 0.05}),
-        ("paper", "L_ER, α = 0.05, no known images, batch norm on the batch", "default",
+MAIN = [MSP, *((name, f"control: {label}", "plain5", {"images": name}) for name, label in CONTROLS.items()),
+        ("er005", "L_ER, α = 0.05", "plain5", {"loss": "er", "alpha": 0.05}),
+        ("kl005", "L_KL, α = 0.05", "plain5", {"loss": "kl", "alpha": 0.05}),
+        ("paper", "L_ER, α = 0.05, no known images, batch norm on the batch", "plain5",
          {"loss": "er", "alpha": 0.05, "mix": "none", "bn": "train"}),
-        ("recipe", "**the recipe**", "default", {})]
+        ("recipe", "**the recipe**", "plain5", {})]
 
 # The choice moves one thing at a time from the base, on the set plain5
 BASE = {"loss": "kl", "alpha": 0.3, "mix": "clean", "bn": "train", "unknown": "flipped", "images": "aux"}
