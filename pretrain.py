@@ -130,6 +130,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
             if args.bn == "frozen":
                 freeze_batch_norm(f)
             batch = next(loader)
+            # Eq. 5 is a mean over |D_k| and |D_s| of the global batch: known before any part of it goes through f
             n_k, n_s, stopped = count_pixels(batch, f.num_classes, run)
             loss = gradient(net, batch, n_k, n_s, args, run, device)             # of Eq. 5, of this rank's share
             sum_over_ranks(loss, f, args)
@@ -140,6 +141,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
             run.t += 1
             bar.update()
 
+            # A checkpoint is written before a validation, which may take long, and when --save-every has passed
             run.validation_due = bool(validate) and run.t % run.n_steps == 0 and \
                 (run.t // run.n_steps % val_every == 0 or run.t == run.total)
             due = run.validation_due or stopped or time.time() - run.saved > 60 * args.save_every
@@ -162,7 +164,13 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
 
 
 class Run:
-    """Where a run stands: files, sizes, and the position t in steps over all epochs."""
+    """Where a run stands: its files and sizes, and the position t, in steps over all epochs (Sec. IV-A counts epochs).
+
+    n_steps   steps of an epoch: whole batches of the global batch size
+    t, total  steps done, and of the whole run; `first` were done by the run that this one continues
+    micro     images a forward pass: a batch is accumulated in parts of so many
+    pending   (t, loss on the device, indices) of the steps whose loss nobody has looked at yet
+    """
 
     def __init__(self, f, data, args, device):
         self.f, self.data, self.epochs = f, data, args.epochs
@@ -312,6 +320,7 @@ def ignore_signals(_):
 
 
 def freeze_batch_norm(f):
+    """Batch norm by the running averages of pretraining, which then stay (--bn frozen)."""
     for m in f.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.eval()
@@ -332,7 +341,11 @@ def count_pixels(batch, N, run):
 
 
 def gradient(net, batch, n_k, n_s, args, run, device):
-    """Backpropagate Eq. 5 over this rank's share, in parts that fit the memory; returns its value on the device."""
+    """Backpropagate Eq. 5 over this rank's share, in parts that fit the memory; returns its value on the device.
+
+    batch: image uint8 (n, 3, H, W), label uint8 (n, H, W), unknown bool (n, H, W) = D_s. n_k, n_s: pixels of the
+    global batch. Where a part does not fit a GPU's memory, all parts are made again at half the size.
+    Raises InputError where two images do not fit, or --micro-batch was given."""
     buffers = [(b, b.clone()) for b in run.f.buffers()] if run.cuda and not args.micro_batch else []
     while True:
         try:
@@ -350,7 +363,7 @@ def gradient(net, batch, n_k, n_s, args, run, device):
 
 
 def accumulate(net, batch, n_k, n_s, args, run, device):
-    """One try of `gradient` with parts of run.micro images."""
+    """One try of `gradient`: parts of run.micro images; their Σ L_k / n_k + α · Σ (L_KL or L_ER) / n_s make Eq. 5."""
     # ASSUMPTION: bf16 on CUDA, where the paper names no precision
     precision = args.precision or ("bf16" if run.cuda else "float32")
     torch.manual_seed(((args.seed * 1_000_003 + run.t) * 1009 + common.rank()) % 2**63)   # dropout
@@ -387,7 +400,10 @@ def learning_rate(args, done):
 
 
 def report(run, batch, bar):
-    """Look at the losses since the last report (InputError where one is not finite), log the last, tell the rate."""
+    """Look at the losses since the last report, log the last one, and tell the rate once.
+
+    On a GPU that is every 20 steps: reading a loss waits for all that was queued before it.
+    Raises InputError where a loss is not finite; it names the step and its images."""
     for t, value, indices in run.pending:
         value = float(value)
         if not math.isfinite(value):
@@ -410,6 +426,7 @@ def report(run, batch, bar):
 
 
 def log(run, **values):
+    """Append a line of JSON to the log."""
     if common.rank() == 0:
         with open(run.log_path, "a") as file:
             file.write(json.dumps(values) + "\n")
@@ -420,7 +437,9 @@ def stands(run):
 
 
 def save(run, settings, facts):
-    """Write the checkpoint of position t; InputError where the weights are not finite."""
+    """Write the checkpoint of position t: model, optimiser and (epoch, step) are the whole state.
+
+    Raises InputError where the weights are not finite; the earlier checkpoint stands."""
     finite = torch.stack([torch.isfinite(p).all() for p in run.f.parameters()]).all()
     if not finite:                              # a finite loss can have a step that is not
         epoch, step = divmod(run.t - 1, run.n_steps)
@@ -436,7 +455,7 @@ def save(run, settings, facts):
 
 
 def end_epoch(run, validate, val_every):
-    """Tell that an epoch has ended, and validate where that is due."""
+    """Tell that an epoch has ended, and validate where that is due. A miou of None: no labelled pixel."""
     epoch = run.t // run.n_steps
     text = f"epoch {epoch}/{run.epochs}"
     if run.validation_due:

@@ -151,7 +151,8 @@ def bench_metrics(small=False):
         line(f"  {count} frames, {count * FRAME[0] * FRAME[1] / 1e6:.0f} million pixels", r)
     change = runs[many]["peak"] / runs[few]["peak"] - 1
     print(f"  peak memory of {many} against {few} frames: {100 * change:+.1f} %, "
-          f"{1e3 * runs[many]['seconds'] / many:.1f} ms a frame, " + ("scores kept" if runs[many]["kept"] else "in bins"))
+          f"{1e3 * runs[many]['seconds'] / many:.1f} ms a frame, "
+          + ("scores kept" if runs[many]["kept"] else "in bins"))
 
 
 # ─────────────────────────────────────────────────── mgu ───────────────────────────────────────────────────

@@ -49,7 +49,8 @@ def small(tmp_path_factory, toy_root):
         to = folder / "toy" / path.relative_to(toy_root)
         to.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.array(Image.open(path))[::2, ::2]).save(to)
-    run_ok("pretrain.py", "--root", folder / "toy", "--epochs", 2, "--batch-size", 2, "--crop", 32, 48, "--lr", 1e-3, folder=folder)
+    run_ok("pretrain.py", "--root", folder / "toy", "--epochs", 2, "--batch-size", 2, "--crop", 32, 48, "--lr", 1e-3,
+           folder=folder)
     predict_every_class(folder / "pretrained.pt")
     return folder
 

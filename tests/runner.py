@@ -16,7 +16,8 @@ from tqdm import tqdm
 os.environ["OMP_NUM_THREADS"] = "1"   # the same bits in every process
 REPO = Path(__file__).resolve().parent.parent
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch._dynamo", "torchvision.models.segmentation", "matplotlib.pyplot", "tqdm"])
+processes.set_forkserver_preload(["torch", "torch._dynamo", "torchvision.models.segmentation", "matplotlib.pyplot",
+                                  "tqdm"])
 
 
 def child(script, args, folder, env, limit, before):

@@ -53,7 +53,8 @@ def test_every_name_has_its_own_log(small, tmp_path):
     wanted = {f"{n}{s}" for n in ("ft_alpha0.05", "ft_alpha0.3", "x.png") for s in ("", ".jsonl", ".png")}
     assert set(names(tmp_path)) == wanted | {"plain.pt", "plain.jsonl", "plain.png"}
     before = (tmp_path / "plain.jsonl").read_bytes()
-    one_line(run(*TRAIN, "--root", small / "toy", "--out", "plain", folder=tmp_path), "plain.pt is there", "plain.jsonl")
+    one_line(run(*TRAIN, "--root", small / "toy", "--out", "plain", folder=tmp_path),
+             "plain.pt is there", "plain.jsonl")
     assert (tmp_path / "plain.jsonl").read_bytes() == before and not (tmp_path / "plain").exists()
 
 
@@ -126,11 +127,13 @@ def test_all_four_scripts_under_ascii(small, tmp_path):
 def test_streams_that_nobody_reads(small, tmp_path, redirect):
     code, _, err = plain(REPO / TRAIN[0], *TRAIN[1:], "--root", small / "toy", folder=tmp_path, redirect=redirect)
     assert code == 0 and not err, err
-    assert common.load_checkpoint(tmp_path / "pretrained.pt")[1]["epoch"] == 1 and (tmp_path / "pretrained.png").exists()
+    assert (common.load_checkpoint(tmp_path / "pretrained.pt")[1]["epoch"] == 1
+            and (tmp_path / "pretrained.png").exists())
 
 
 def test_help_in_a_narrow_encoding_and_without_the_scripts_folder(tmp_path):
-    for script, encoding in zip(("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py"), ("ascii", "cp1252") * 2):
+    for script, encoding in zip(("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py"),
+                                ("ascii", "cp1252") * 2):
         code, out, err = plain("-P", REPO / script, "--help", folder=tmp_path, PYTHONIOENCODING=encoding)
         assert code == 0 and b"usage:" in out and not err, err
 

@@ -137,7 +137,8 @@ def saved(tmp_path_factory):
 
 def contents(f, **other):
     return dict(dict(model=f.state_dict(), arch="deeplabv3", backbone="mobilenet_v3_large", classes=CLASSES, data="toy",
-                     root="data/toy", anomaly=None, stage="pretrain", settings=dict(lr=1e-3, crop=(64, 96)), epoch=3, step=2), **other)
+                     root="data/toy", anomaly=None, stage="pretrain", settings=dict(lr=1e-3, crop=(64, 96)),
+                     epoch=3, step=2), **other)
 
 
 def test_checkpoint_round_trip(saved):
@@ -146,7 +147,8 @@ def test_checkpoint_round_trip(saved):
     assert not g.training and g.arch == "deeplabv3" and g.backbone_name == "mobilenet_v3_large" and g.num_classes == 3
     assert g.state_dict().keys() == f.state_dict().keys()
     assert all(torch.equal(v, f.state_dict()[k]) for k, v in g.state_dict().items())
-    assert checkpoint["settings"] == dict(lr=1e-3, crop=(64, 96)) and (checkpoint["epoch"], checkpoint["step"]) == (3, 2)
+    assert (checkpoint["settings"] == dict(lr=1e-3, crop=(64, 96))
+            and (checkpoint["epoch"], checkpoint["step"]) == (3, 2))
     X = torch.rand(1, 3, 32, 48)
     with torch.inference_mode():
         assert torch.equal(g(X), copy_eval(f)(X))
@@ -166,7 +168,8 @@ def test_checkpoint_that_is_a_folder(tmp_path):
     refused(common.load_checkpoint, tmp_path)
 
 
-@pytest.mark.parametrize("content", (b"", b"just a text\n", b"PK\x03\x04 and then nothing", b"\x89PNG\r\n\x1a\n", bytes(range(256)) * 9))
+@pytest.mark.parametrize("content", (b"", b"just a text\n", b"PK\x03\x04 and then nothing",
+                                     b"\x89PNG\r\n\x1a\n", bytes(range(256)) * 9))
 def test_checkpoint_that_is_another_file(tmp_path, content):
     path = tmp_path / "ft.pt"
     path.write_bytes(content)
@@ -337,7 +340,8 @@ def test_adopt_the_same_run():
 
 @pytest.mark.parametrize("change, words", (
     (dict(lr=1e-4), ("lr", "0.001", "0.0001")), (dict(epochs=9), ("epochs", "10", "9")),
-    (dict(epochs=12, schedule="poly"), ("epochs", "10", "12")),     # the earlier steps had another learning rate (dict(crop=[64, 95]), ("crop", "95")),
+    (dict(epochs=12, schedule="poly"), ("epochs", "10", "12")),     # the earlier steps had another learning rate
+    (dict(crop=[64, 95]), ("crop", "95")),
     (dict(batch_size=4), ("batch-size 8", "4")),
     (dict(anomaly=["car"]), ("anomaly", "car"))))
 def test_adopt_refuses_another_run(change, words):
@@ -396,4 +400,5 @@ def test_segmentation_metrics_equal_sklearn(present):
 def test_segmentation_metrics_of_nothing():
     got = common.segmentation_metrics(np.zeros((2, 2)), ("a", "b"))
     assert got == dict(miou=None, iou=dict(a=None, b=None), pixel_accuracy=None)
-    assert not common.confusion(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255, dtype=torch.uint8), 2).any()
+    assert not common.confusion(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255, dtype=torch.uint8),
+                                2).any()

@@ -1,4 +1,5 @@
-"""Segmenters: shapes, agreement with torchvision's DeepLabv3 and with a plain PSPNet head, folding, backbone weights."""
+"""Segmenters: shapes, agreement with torchvision's DeepLabv3 and with a plain PSPNet head, folding, backbone
+weights."""
 import copy
 import math
 import urllib.error
@@ -97,7 +98,8 @@ def test_deeplab_equals_torchvisions(backbone):
     theirs = getattr(segmentation, f"deeplabv3_{backbone}")(weights=None, weights_backbone=None, num_classes=12,
                                                             aux_loss=False).eval()
     theirs.backbone.load_state_dict(f.backbone.state_dict())
-    theirs.classifier.load_state_dict({**f.head.state_dict(), **{f"4.{k}": v for k, v in f.classifier.state_dict().items()}})
+    theirs.classifier.load_state_dict({**f.head.state_dict(),
+                                       **{f"4.{k}": v for k, v in f.classifier.state_dict().items()}})
     X = torch.rand(1, 3, 65, 80)
     want = theirs(normalize(X, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))["out"]
     torch.testing.assert_close(f(X), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
@@ -107,7 +109,8 @@ def test_deeplab_equals_torchvisions(backbone):
 
 def normed(x, m):
     """Batch norm in eval mode, then ReLU; x (C, h, w)."""
-    mean, var, weight, bias = (v.detach().numpy()[:, None, None] for v in (m.running_mean, m.running_var, m.weight, m.bias))
+    mean, var, weight, bias = (v.detach().numpy()[:, None, None]
+                               for v in (m.running_mean, m.running_var, m.weight, m.bias))
     return np.maximum((x - mean) / np.sqrt(var + m.eps) * weight + bias, 0)
 
 
@@ -174,7 +177,8 @@ def test_taps_of_the_pyramid(backbone):
     torch.manual_seed(3)
     theirs = lived_in(classifier(backbone, 3))
     f = common.Segmenter("fpn", backbone, 5, 8).eval()
-    state = {k.removeprefix("features."): v for k, v in theirs.state_dict().items() if not k.startswith(("fc.", "classifier."))}
+    state = {k.removeprefix("features."): v for k, v in theirs.state_dict().items()
+             if not k.startswith(("fc.", "classifier."))}
     f.backbone.load_state_dict(state)
     X, want = torch.randn(1, 3, 64, 96), {}
     if backbone.startswith("resnet"):
@@ -188,7 +192,8 @@ def test_taps_of_the_pyramid(backbone):
             x = block(x)
             want[64 // x.shape[-2]] = x
     got = f.backbone(X)
-    assert list(got) == ["4", "8", "16", "32"] and [m.shape[1] for m in got.values()] == list(common.TAPS[backbone].values())
+    assert (list(got) == ["4", "8", "16", "32"]
+            and [m.shape[1] for m in got.values()] == list(common.TAPS[backbone].values()))
     for stride, m in got.items():
         torch.testing.assert_close(m, want[int(stride)], rtol=1e-4, atol=1e-5)
 
@@ -295,7 +300,8 @@ def test_wrong_weights_file(tmp_path, write):
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("error", (urllib.error.URLError("no route to host"), OSError("disk full"), RuntimeError("invalid hash value")))
+@pytest.mark.parametrize("error", (urllib.error.URLError("no route to host"), OSError("disk full"),
+                                   RuntimeError("invalid hash value")))
 def test_imagenet_weights_without_network(monkeypatch, error):
     def fails(*args, **kwargs):
         raise error
@@ -312,7 +318,8 @@ def test_imagenet_weights_without_network(monkeypatch, error):
 def test_imagenet_weights_are_loaded(monkeypatch):
     """What torchvision hands out (here: random tensors) is in the backbone, whatever the checksum option."""
     state = classifier(SMALL, 4).state_dict()
-    monkeypatch.setattr(torchvision.models.MobileNet_V3_Large_Weights, "get_state_dict", lambda self, **kwargs: dict(state))
+    monkeypatch.setattr(torchvision.models.MobileNet_V3_Large_Weights, "get_state_dict",
+                        lambda self, **kwargs: dict(state))
     f = common.Segmenter("pspnet", SMALL, 5)
     common.load_backbone(f, "imagenet")
     assert torch.equal(f.backbone["0"][0].weight, state["features.0.0.weight"])

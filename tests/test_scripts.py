@@ -31,7 +31,8 @@ def python(*args, folder):
 
 
 def bounds(every):
-    """Ends between which aupr, auroc, fpr95, fpr95_first lie in percent, pooled and as the mean over images: (2, 4), (2, 4).
+    """Ends between which aupr, auroc, fpr95, fpr95_first lie in percent, pooled and as the mean over images: (2, 4),
+    (2, 4).
     every: [(positive, score)] of each image, float64.
 
     Flat borders of an upsampled map hold many scores that differ in the last bit: whether they are tied, and in which
@@ -47,7 +48,8 @@ def bounds(every):
         aupr = np.mean(tp / (tp + above(neg, pos + sign * eps)))   # the precision at every positive
         assert sign * aupr >= sign * average_precision_score(positive, score) - 1e-9
         return 100 * np.array([aupr, roc_auc_score(positive, score + sign * eps * positive),
-                               fpr[recall == first].max() if sign < 0 else fpr[recall == below].min(), fpr[recall >= 0.95][0]])
+                               fpr[recall == first].max() if sign < 0 else fpr[recall == below].min(),
+                               fpr[recall >= 0.95][0]])
     pooled = [np.concatenate(v) for v in zip(*every)]
     return (np.array([metrics(*pooled, sign) for sign in (-1, 1)]),
             np.array([np.mean([metrics(*v, sign) for v in every if v[0].any()], 0) for sign in (-1, 1)]))
@@ -67,7 +69,8 @@ def reference(ckpts, root, score="msp", ignored=()):
         S = np.mean([np.exp(z - z.max(0)) / np.exp(z - z.max(0)).sum(0) for z in zs], 0)
         z = np.mean(zs, 0)
         rest = np.sort(S, 0)[:-1].sum(0)   # 1 − max S, without cancellation
-        value = dict(msp=np.log(rest), entropy=-(S * np.log(S)).sum(0), maxlogit=-z.max(0), energy=-np.log(np.exp(z).sum(0)))[score]
+        value = dict(msp=np.log(rest), entropy=-(S * np.log(S)).sum(0), maxlogit=-z.max(0),
+                     energy=-np.log(np.exp(z).sum(0)))[score]
         keep = ~np.isin(Z, ignored)
         every.append((Z[keep] == 254, value[keep]))
         labels.append(Z[Z < 12])
@@ -101,13 +104,13 @@ def is_figure(path, least=10_000):
 def pipeline(tmp_path_factory, small):
     """The four commands in one folder, with their default file names, each in a plain Python process."""
     folder = tmp_path_factory.mktemp("pipeline")
-    said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96, "--lr", 1e-3,
-                   folder=folder)]
+    said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96,
+                   "--lr", 1e-3, folder=folder)]
     predict_every_class(folder / "pretrained.pt")
     said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--max-steps", 3, folder=folder))
     said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
-    said.append(python(REPO / "evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit", "energy", "dropout",
-                       "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder))
+    said.append(python(REPO / "evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit",
+                       "energy", "dropout", "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder))
     return folder, said
 
 
@@ -121,7 +124,8 @@ def test_pipeline_writes_its_files(pipeline, small):
         assert is_figure(folder / f"{name}.png")
         checkpoint = torch.load(folder / f"{name}.pt", weights_only=True)
         assert checkpoint["epoch"] == checkpoint["settings"]["epochs"] and len(checkpoint["classes"]) == 12
-    assert [v["epoch"] for v in map(json.loads, (folder / "pretrained.jsonl").read_text().splitlines()) if "miou" in v] == [1, 2]
+    assert [v["epoch"] for v in map(json.loads, (folder / "pretrained.jsonl").read_text().splitlines())
+            if "miou" in v] == [1, 2]
 
     manifest = json.loads((folder / "auxiliary/manifest.json").read_text())
     names = sorted(p.name for p in (folder / "auxiliary").glob("*.npz"))
@@ -171,7 +175,8 @@ def test_evaluate_agrees_with_sklearn(pipeline, small):
             expected = reference([folder / f"{model}.pt"], small / "toy", score)
             agrees(rows[model, score], *expected)
             differs(rows["pretrained" if model == "ft" else "ft", score], *expected)
-    assert all(results[k] == rows["ft", "msp"][k] for k in ("pooled", "per_image", "miou", "iou")), "the first row is also at the top"
+    assert all(results[k] == rows["ft", "msp"][k] for k in ("pooled", "per_image", "miou", "iou")), \
+        "the first row is also at the top"
     assert {"protocol", "pooled", "per_image", "miou", "iou", "pixel_accuracy"} <= results.keys()
     protocol = results["protocol"]
     anomalous = sum((np.array(Image.open(p)) == 14).sum() for p in (small / "toy/test/annotations").rglob("*.png"))
@@ -181,7 +186,8 @@ def test_evaluate_agrees_with_sklearn(pipeline, small):
 
 
 def test_evaluate_leaves_out_pixels(pipeline, small, tmp_path):
-    run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--unlabeled", "ignore", "--ignore-classes", "car", "--panels", 0, folder=tmp_path)
+    run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--unlabeled", "ignore", "--ignore-classes", "car",
+           "--panels", 0, folder=tmp_path)
     results = json.loads((tmp_path / "results/results.json").read_text())
     agrees(results, *reference([pipeline[0] / "ft.pt"], small / "toy", ignored=(0, 255, CAR)))
     differs(results, *reference([pipeline[0] / "ft.pt"], small / "toy", ignored=(0, 255)))
@@ -195,8 +201,9 @@ def test_evaluate_is_the_same_however_it_is_split(pipeline, tmp_path):
     for size, threads in ((1, 1), (7, 3)):
         run_ok("evaluate.py", *args, "--batch-size", size, "--workers", threads, "--out", f"b{size}", folder=tmp_path)
         found.append((tmp_path / f"b{size}/results.json").read_bytes())
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / "evaluate.py",
-                           *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           REPO / "evaluate.py", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     assert found[0] == found[1] == (tmp_path / "results/results.json").read_bytes()
 
@@ -217,7 +224,8 @@ def test_photographs(pipeline, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6   # turned by 90 degrees
     photo.save(tmp_path / "photos/turned.JPG", exif=exif)
-    done = run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--images", "photos", "--max-side", 200, folder=tmp_path)
+    done = run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--images", "photos", "--max-side", 200,
+                  folder=tmp_path)
     assert "301×203" in done.out and "203×301" in done.out
     for name, size in (("temple", (301, 203)), ("turned", (203, 301))):
         for kind in ("anomaly", "classes"):
@@ -230,7 +238,8 @@ def test_photographs(pipeline, tmp_path):
 def test_known_unknown(small, tmp_path):
     """The pilot study: D_s from two classes, which evaluate.py then leaves out by itself."""
     ckpt = small / "pretrained.pt"
-    run_ok("finetune.py", "--ckpt", ckpt, "--known-unknown", "car", "traffic sign", "--epochs", 1, "--batch-size", 2, folder=tmp_path)
+    run_ok("finetune.py", "--ckpt", ckpt, "--known-unknown", "car", "traffic sign", "--epochs", 1, "--batch-size", 2,
+           folder=tmp_path)
     run_ok("evaluate.py", "--panels", 0, folder=tmp_path)
     results = json.loads((tmp_path / "results/results.json").read_text())
     assert results["protocol"]["ignored_classes"] == ["car", "traffic sign"]
@@ -241,7 +250,8 @@ def test_known_unknown(small, tmp_path):
 
 
 def test_pspnet(small, tmp_path):
-    run_ok("pretrain.py", "--root", small / "toy", "--arch", "pspnet", "--epochs", 1, "--batch-size", 2, "--crop", 32, 48, folder=tmp_path)
+    run_ok("pretrain.py", "--root", small / "toy", "--arch", "pspnet", "--epochs", 1, "--batch-size", 2,
+           "--crop", 32, 48, folder=tmp_path)
     run_ok("mgu_generate.py", "--per-class", 1, "--max-steps", 1, folder=tmp_path)
     checkpoint = torch.load(tmp_path / "pretrained.pt", weights_only=True)
     assert checkpoint["arch"] == "pspnet" and any("branches" in k for k in checkpoint["model"])
@@ -254,7 +264,8 @@ MGU = ("--per-class", 2, "--max-steps", 6, "--batch-size", 3)
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.suffix in (".npz", ".json")}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*")
+            if p.suffix in (".npz", ".json")}
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +306,11 @@ def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
     before = contents(tmp_path / "auxiliary")
     for flags, said in ((("--seed", 1), "seed 0, this run has 1"),
                         (("--step-size", 2), "step-size 5.0, this run has 2.0")):
-        one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, *flags, folder=tmp_path), said, "--restart")
+        one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, *flags, folder=tmp_path),
+                 said, "--restart")
     assert contents(tmp_path / "auxiliary") == before
-    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU[:-2], "--max-steps", 1, "--restart", folder=tmp_path)
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU[:-2], "--max-steps", 1, "--restart",
+           folder=tmp_path)
     assert max(len(np.load(p)["history"]) for p in (tmp_path / "auxiliary").glob("*.npz")) == 2
 
 
@@ -306,7 +319,8 @@ def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
 def one_line(done, *parts):
     """Exit status 1 and one error on stderr that names `parts`; further lines only as its indented continuation."""
     text = done.err.splitlines()
-    assert done.code == 1 and text and text[0].startswith("error: ") and all(t.startswith("    ") for t in text[1:]), done.err
+    assert done.code == 1 and text and text[0].startswith("error: ") and all(t.startswith("    ") for t in text[1:]), \
+        done.err
     for part in parts:
         assert str(part) in done.err, done.err
 
@@ -326,15 +340,18 @@ def test_help(script, tmp_path):
         assert not has_value or flag in ("--images", "--known-unknown") or re.search(r"default|ours|paper", told[0]), \
             f"no default is told: {told[0]}"
     # wrong flags and values: argparse's status and usage
-    for wrong in (("--no-such-flag",), ("--seed", "-1"), ("--batch-size", "0"), ("--batch-size", "many"), ("--seed", "0.5")):
+    for wrong in (("--no-such-flag",), ("--seed", "-1"), ("--batch-size", "0"), ("--batch-size", "many"),
+                  ("--seed", "0.5")):
         done = run(script, *wrong, folder=tmp_path)
         assert done.code == 2 and "usage:" in done.err and wrong[0] in done.err and "Traceback" not in done.err
 
 
 def test_values_out_of_range(tmp_path):
-    for script, *wrong in (("finetune.py", "--alpha", "-0.1"), ("finetune.py", "--alpha", "nan"), ("finetune.py", "--lr", "0"),
-                           ("mgu_generate.py", "--step-size", "inf"), ("mgu_generate.py", "--step-size", "0"), ("pretrain.py", "--data", "kitti"),
-                           ("pretrain.py", "--crop", "64"), ("pretrain.py", "--scale", "2", "0.5"), ("evaluate.py", "--score", "magic")):
+    for script, *wrong in (("finetune.py", "--alpha", "-0.1"), ("finetune.py", "--alpha", "nan"),
+                           ("finetune.py", "--lr", "0"), ("mgu_generate.py", "--step-size", "inf"),
+                           ("mgu_generate.py", "--step-size", "0"), ("pretrain.py", "--data", "kitti"),
+                           ("pretrain.py", "--crop", "64"), ("pretrain.py", "--scale", "2", "0.5"),
+                           ("evaluate.py", "--score", "magic")):
         done = run(script, *wrong, folder=tmp_path)
         assert done.code == 2 and wrong[0] in done.err and "Traceback" not in done.err, done.err
 
@@ -402,7 +419,8 @@ def test_a_mistake_of_one_process_is_one_line_in_each(small, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     (tmp_path / "a/toy").symlink_to(small / "toy")
-    run_ranks("evaluate.py", "--ckpt", small / "pretrained.pt", "--root", "toy", folder=None, folders=[tmp_path / "a", tmp_path / "b"], code=1)
+    run_ranks("evaluate.py", "--ckpt", small / "pretrained.pt", "--root", "toy", folder=None,
+              folders=[tmp_path / "a", tmp_path / "b"], code=1)
     said = [(tmp_path / f / f"stderr{r}").read_text() for f, r in (("a", 0), ("b", 1))]
     assert "toy: not the layout of toy" in said[1] and "process 0 stopped" in said[0]
     assert not any("Traceback" in s for s in said)

@@ -67,11 +67,13 @@ def signals():
 
 def train(data, out, **more):
     """The network after pretrain.train(); its .grad are those of the last step."""
-    args = argparse.Namespace(**{**dict(batch_size=len(data), epochs=1, lr=1e-3, seed=0, bn="frozen", micro_batch=None, precision=None,
-                                        sync_bn=False, compile=False, workers=0, save_every=5, restart=False, schedule="constant",
-                                        alpha=0.05, loss="er", out=str(out)), **more})
+    args = argparse.Namespace(**{**dict(batch_size=len(data), epochs=1, lr=1e-3, seed=0, bn="frozen", micro_batch=None,
+                                        precision=None, sync_bn=False, compile=False, workers=0, save_every=5,
+                                        restart=False, schedule="constant", alpha=0.05, loss="er", out=str(out)),
+                                 **more})
     f = Net()
-    pretrain.train(f, data, args, torch.device("cpu"), {"schedule": args.schedule, "epochs": args.epochs}, dict(stage="test"))
+    pretrain.train(f, data, args, torch.device("cpu"), {"schedule": args.schedule, "epochs": args.epochs},
+                   dict(stage="test"))
     return f
 
 
@@ -97,7 +99,8 @@ def gradient(data, alpha, loss):
 
 @pytest.mark.parametrize("alpha, loss", ((0.05, "er"), (0.5, "kl")))
 def test_parts_of_a_batch_add_up_to_eq_5(tmp_path, signals, alpha, loss):
-    """Batch norm frozen: the gradient of one piece and of accumulated parts is that of Eq. 5 over the pixels of the batch."""
+    """Batch norm frozen: the gradient of one piece and of accumulated parts is that of Eq. 5 over the pixels of the
+    batch."""
     data = Images(7)
     value, expected = gradient(data, alpha, loss)
     for micro in (None, 2, 3, 5):
@@ -187,10 +190,12 @@ def log(path):
 def same(a, b):
     """Model, optimiser and position of two checkpoints, bit by bit, and what was logged beside them."""
     one, two = (torch.load(p, weights_only=True) for p in (a, b))
-    assert one["model"].keys() == two["model"].keys() and one["optimiser"]["state"].keys() == two["optimiser"]["state"].keys()
+    assert (one["model"].keys() == two["model"].keys()
+            and one["optimiser"]["state"].keys() == two["optimiser"]["state"].keys())
     assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
     for k, state in one["optimiser"]["state"].items():
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(two["optimiser"]["state"][k][n])) for n, v in state.items())
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(two["optimiser"]["state"][k][n]))
+                   for n, v in state.items())
     assert (one["epoch"], one["step"]) == (two["epoch"], two["step"])
     assert log(a.with_suffix(".jsonl")) == log(b.with_suffix(".jsonl"))
 
@@ -201,7 +206,8 @@ def one_line(done, *parts):
 
 
 def interrupt(command, folder, out, moments, rng=np.random.default_rng()):
-    """Start `command` once for each (further lines of log to wait for, signal); the signal comes a random moment later."""
+    """Start `command` once for each (further lines of log to wait for, signal); the signal comes a random moment
+    later."""
     stopped = 0
     for more, number in moments:
         count = len(lines(folder / f"{out}.jsonl")) + more
@@ -247,13 +253,16 @@ def test_finished_changed_longer_and_restarted_runs(pretrained, small, tmp_path)
     before = (tmp_path / "pretrained.pt").read_bytes()
     assert "pretrained.pt is complete (2 epochs)" in run_ok(*command, folder=tmp_path).out
     for *flags, said in (("--lr", 1e-4, "lr 0.001, this run has 0.0001"), ("--seed", 1, "seed 0, this run has 1"),
-                         ("--bn", "frozen", "bn train, this run has frozen"), ("--epochs", 1, "epochs 2, this run has 1"),
-                         ("--crop", 32, 64, "crop (32, 48), this run has (32, 64)"), ("--arch", "pspnet", "arch fpn, this run has pspnet")):
+                         ("--bn", "frozen", "bn train, this run has frozen"),
+                         ("--epochs", 1, "epochs 2, this run has 1"),
+                         ("--crop", 32, 64, "crop (32, 48), this run has (32, 64)"),
+                         ("--arch", "pspnet", "arch fpn, this run has pspnet")):
         one_line(run(*command, *flags, folder=tmp_path), "pretrained.pt", said, "--restart")
     shutil.copytree(small / "toy", tmp_path / "fewer")
     for folder in ("images", "annotations"):
         next((tmp_path / "fewer/train" / folder / "training").rglob("*0.png")).unlink()
-    one_line(run(*command[:-1], tmp_path / "fewer", folder=tmp_path), "pretrained.pt", "dataset 6 images", "this run has 5 images")
+    one_line(run(*command[:-1], tmp_path / "fewer", folder=tmp_path), "pretrained.pt", "dataset 6 images",
+             "this run has 5 images")
     assert (tmp_path / "pretrained.pt").read_bytes() == before
 
     # one epoch, then two: as two at once
@@ -264,18 +273,20 @@ def test_finished_changed_longer_and_restarted_runs(pretrained, small, tmp_path)
 
     # under a schedule the learning rates depend on the epochs: none can be added
     shutil.copy(small / "pretrained.pt", tmp_path / "poly.pt")
-    one_line(run(*command, "--schedule", "poly", "--epochs", 3, "--out", "poly.pt", folder=tmp_path), "epochs 2, this run has 3")
+    one_line(run(*command, "--schedule", "poly", "--epochs", 3, "--out", "poly.pt", folder=tmp_path),
+             "epochs 2, this run has 3")
 
 
 def test_full_disk(pretrained, small, tmp_path):
-    """No file may grow beyond 10 MB (a checkpoint has 130): the checkpoint from before stands, and the run goes on later."""
+    """No file may grow beyond 10 MB (a checkpoint has 130): the checkpoint from before stands, and the run goes on
+    later."""
     command = (*PRETRAIN, "--root", small / "toy")
     interrupt(command, tmp_path, "pretrained", [(1, signal.SIGTERM)])
     before = (tmp_path / "pretrained.pt").read_bytes()
     one_line(run(*command, folder=tmp_path, limit=10_000_000), "pretrained.pt", "File too large")
     assert (tmp_path / "pretrained.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
-    one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1, folder=tmp_path, limit=5_000),
-             ".npz", "File too large")
+    one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1,
+                 folder=tmp_path, limit=5_000), ".npz", "File too large")
     assert not list((tmp_path / "auxiliary").glob("*.npz")) and not list((tmp_path / "auxiliary").glob(".*"))
     run_ok(*command, folder=tmp_path)
     same(tmp_path / "pretrained.pt", pretrained)
@@ -286,16 +297,19 @@ def test_machines_without_a_shared_folder(pretrained, small, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     shutil.copy(pretrained, tmp_path / "a/pretrained.pt")
-    run_ranks(*PRETRAIN[:-2], "--epochs", 3, "--root", small / "toy", "--batch-size", 4, folder=None, folders=[tmp_path / "a", tmp_path / "b"], code=1)
+    run_ranks(*PRETRAIN[:-2], "--epochs", 3, "--root", small / "toy", "--batch-size", 4, folder=None,
+              folders=[tmp_path / "a", tmp_path / "b"], code=1)
     for folder, rank in (("a", 0), ("b", 1)):
         assert "pretrained.pt: not the same file on every machine" in (tmp_path / folder / f"stderr{rank}").read_text()
-    assert (tmp_path / "a/pretrained.pt").read_bytes() == pretrained.read_bytes() and not (tmp_path / "b/pretrained.pt").exists()
+    assert ((tmp_path / "a/pretrained.pt").read_bytes() == pretrained.read_bytes()
+            and not (tmp_path / "b/pretrained.pt").exists())
 
 
 def test_non_finite_loss(pretrained, small, tmp_path):
     """It stops at that step and names it and its images; the checkpoint before it stands, and leads on."""
     nan = ("import common, torch\nwhole, calls = common.objective, []\n"
-           "def objective(*args):\n    calls.append(1)\n    return whole(*args) * (float('nan') if len(calls) == 5 else 1)\n"
+           "def objective(*args):\n    calls.append(1)\n"
+           "    return whole(*args) * (float('nan') if len(calls) == 5 else 1)\n"
            "common.objective = objective")
     command = (*PRETRAIN, "--root", small / "toy")
     done = run(*command, folder=tmp_path, before=nan)
@@ -349,8 +363,8 @@ def test_finetuning_killed_and_continued(small, aux, tmp_path):
 def test_two_processes_are_one(small, tmp_path):
     """Frozen batch norm and no dropout, whose masks depend on the rank: the same losses, gradients and weights. Batches
     of 5: three images and two, so the ranks' numbers of pixels differ."""
-    command = ("finetune.py", "--ckpt", small / "pretrained.pt", "--known-unknown", "car", "pole", "--epochs", 3, "--batch-size", 5,
-               "--bn", "frozen", "--out")
+    command = ("finetune.py", "--ckpt", small / "pretrained.pt", "--known-unknown", "car", "pole", "--epochs", 3,
+               "--batch-size", 5, "--bn", "frozen", "--out")
     off = "import torch\ntorch.nn.Dropout.forward = lambda self, x: x"
     run_ok(*command, "one.pt", folder=tmp_path, before=off)
     run_ranks(*command, "two.pt", folder=tmp_path, before=off)
@@ -396,11 +410,13 @@ def test_hostile_files_run_nothing(small, tmp_path):
             common.load_checkpoint(tmp_path / name)
         with pytest.raises(common.InputError, match=name):   # as --weights
             common.load_backbone(common.Segmenter("deeplabv3", "mobilenet_v3_large", 12), str(tmp_path / name))
-    one_line(run(*PRETRAIN, "--root", small / "toy", "--out", "zip.pt", folder=tmp_path), "zip.pt: refused")   # as a run to continue
+    one_line(run(*PRETRAIN, "--root", small / "toy", "--out", "zip.pt", folder=tmp_path),
+             "zip.pt: refused")   # as a run to continue
 
     label = np.zeros((4, 4), np.uint8)
     for name, key in (("label", "label"), ("extra", "extra")):
-        np.savez(tmp_path / f"{name}.npz", **{**dict(format=1, image=np.zeros((4, 4, 3), np.uint8), label=label, unknown=label > 0),
+        np.savez(tmp_path / f"{name}.npz", **{**dict(format=1, image=np.zeros((4, 4, 3), np.uint8), label=label,
+                                                     unknown=label > 0),
                                               key: np.array([hostile], object)})
         with pytest.raises(common.InputError, match=f"{name}.npz"):
             common.load_sample(tmp_path / f"{name}.npz")
