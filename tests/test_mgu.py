@@ -317,8 +317,9 @@ def test_default_step_and_cap():
             names = {**common.PAPER["mgu"], **common.OURS["mgu"]}
             args = argparse.Namespace(**dict.fromkeys(names), seed=0)
             told = common.resolve(args, "mgu", data, arch)
-            assert (args.step_size, args.max_steps) == (5, 80)
-            assert "step-size 5.0 (ours)" in told and "max-steps 80 (ours)" in told
+            eta = "10.0 (recipe)" if data == "toy" else "5.0 (ours)"
+            assert (args.step_size, args.max_steps) == (10 if data == "toy" else 5, 80)
+            assert f"step-size {eta}" in told and "max-steps 80 (ours)" in told
 
 
 def test_tf32_is_on_in_the_iterations_alone():

@@ -107,7 +107,7 @@ def pipeline(tmp_path_factory, small):
     said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96,
                    "--lr", 1e-3, folder=folder)]
     predict_every_class(folder / "pretrained.pt")
-    said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--max-steps", 3, folder=folder))
+    said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--step-size", 5, "--max-steps", 3, folder=folder))
     said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
     said.append(python(REPO / "evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit",
                        "energy", "dropout", "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder))
@@ -305,7 +305,7 @@ def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
     shutil.copytree(aux, tmp_path / "auxiliary")
     before = contents(tmp_path / "auxiliary")
     for flags, said in ((("--seed", 1), "seed 0, this run has 1"),
-                        (("--step-size", 2), "step-size 5.0, this run has 2.0")):
+                        (("--step-size", 2), "step-size 10.0, this run has 2.0")):
         one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, *flags, folder=tmp_path),
                  said, "--restart")
     assert contents(tmp_path / "auxiliary") == before
