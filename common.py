@@ -1276,16 +1276,15 @@ def about_run(device, f=None):
             f"{name} · {world()} process{'es' * (world() > 1)}{size}")
 
 
-def read_ahead(scenes, indices, threads):
-    """The items scenes[i] in the order of `indices`, read by threads while the caller works on the one before."""
-    with ThreadPoolExecutor(threads) as readers:
-        waiting = deque()
-        for i in indices:
-            waiting.append(readers.submit(scenes.__getitem__, i))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def ahead(pool, make, items, count=4):
+    """make(item) for each item, in their order; the pool's threads work up to `count` items ahead of the reader."""
+    futures = deque()
+    for item in items:
+        futures.append(pool.submit(make, item))
+        if len(futures) > count:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 class Unbroken:

@@ -30,7 +30,6 @@ What the paper leaves open is marked ASSUMPTION where it is decided. A run that 
 is repeated. The set has the same bytes in every run on a CPU; on a GPU as far as its kernels are deterministic.
 """
 import argparse
-import collections
 import contextlib
 import copy
 import os
@@ -200,17 +199,6 @@ def sample_name(scenes, y, i):
     return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y])}-{i:06d}.npz"
 
 
-def ahead(pool, make, items, count=4):
-    """make(item) for each item, in their order; the pool's threads work up to `count` items ahead of the reader."""
-    futures = collections.deque()
-    for item in items:
-        futures.append(pool.submit(make, item))
-        if len(futures) > count:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
-
-
 @torch.inference_mode()
 def predict(f, image, device):
     """(classes uint8 (H, W), max softmax float32 (H, W)) of one uint8 image (3, H, W), as a loader gives it."""
@@ -234,7 +222,8 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
 
     # Reading takes as long as a few iterations on a GPU, and so does compressing: both run beside them
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(4) as writers:
-        ended = mgu(f_folded, ahead(reader, job, jobs), args.batch_size, args.step_size, args.max_steps, device, tf32)
+        ended = mgu(f_folded, common.ahead(reader, job, jobs), args.batch_size, args.step_size, args.max_steps,
+                    device, tf32)
 
         def samples():                                                   # (path, arrays), as images end
             for (y, i, label), X_aux, first, history in ended:
@@ -245,7 +234,7 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
                     unknown=first.numpy() & flipped, y=y, correct=int(first.sum()),
                     source=Path(os.path.relpath(scenes.name(i), scenes.root)).as_posix(),
                     history=np.array(history, np.int32))
-        written = ahead(writers, lambda sample: common.save_npz(*sample), samples())
+        written = common.ahead(writers, lambda sample: common.save_npz(*sample), samples())
         for _ in common.progress(written, "MGU", total=len(jobs), unit="image"):
             pass
 
@@ -260,8 +249,8 @@ def measure(f, scenes, jobs, out, device):
 
     rows = []
     with ThreadPoolExecutor(4) as readers:
-        for path, sample, X in common.progress(ahead(readers, read, jobs), "verifying what is stored", total=len(jobs),
-                                               unit="image"):
+        stored = common.ahead(readers, read, jobs)
+        for path, sample, X in common.progress(stored, "verifying what is stored", total=len(jobs), unit="image"):
             image, D_s, y = sample["image"], sample["unknown"], int(sample["y"])
             classes, top = predict(f, torch.as_tensor(image).permute(2, 0, 1), device)
             moved = (image.astype(np.int16) - X)[sample["label"] == y]   # X' − X on I_ỹ: (|I_ỹ|, 3) grey levels

@@ -20,6 +20,7 @@ import math
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
@@ -476,10 +477,11 @@ def validation(f, scenes, device):
     f.eval()
     matrix = torch.zeros(f.num_classes, f.num_classes, dtype=torch.int64)
     share = range(common.rank(), len(scenes), common.world())
-    items = common.read_ahead(scenes, share, threads=8 if device.type == "cuda" else 1)
-    for item in common.progress(items, "validating", total=len(share), leave=False):
-        prediction = f(common.to_input(item["image"][None], device)).argmax(1)[0].cpu()
-        matrix += common.confusion(prediction, item["label"], f.num_classes)
+    with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
+        items = common.ahead(readers, scenes.__getitem__, share, count=16)
+        for item in common.progress(items, "validating", total=len(share), leave=False):
+            prediction = f(common.to_input(item["image"][None], device)).argmax(1)[0].cpu()
+            matrix += common.confusion(prediction, item["label"], f.num_classes)
     return dict(miou=common.segmentation_metrics(common.all_sum(matrix), scenes.classes)["miou"])
 
 

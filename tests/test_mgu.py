@@ -11,7 +11,7 @@ from torch import nn
 
 import common
 import mgu_generate
-from mgu_generate import ahead, choose, fold_batch_norm, mgu
+from mgu_generate import choose, fold_batch_norm, mgu
 from runner import finish, run, start, wait_for
 
 N = 5
@@ -360,7 +360,7 @@ def test_ahead_keeps_the_order_and_its_distance():
             raise common.InputError("30")
         return i * i
     with ThreadPoolExecutor(3) as pool:
-        squares, got = ahead(pool, make, range(40), 4), []
+        squares, got = common.ahead(pool, make, range(40), 4), []
         with pytest.raises(common.InputError, match="30"):
             for value in squares:
                 got.append(value)
