@@ -138,6 +138,7 @@ def real(low=0.0, above=False):
 # ──────────────────────────────────────────────── models ────────────────────────────────────────────────
 
 ARCHS = ("deeplabv3", "pspnet", "fpn")
+CLASSIFIERS = ("linear", "cosine")
 BACKBONES = {   # ImageNet weights: those of torchvision's own segmentation models, and MobileNetV2's of the same recipe
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
     "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
@@ -153,15 +154,14 @@ TAPS = {   # the last layer at strides 4, 8, 16 and 32 of an undilated backbone:
 
 
 class PyramidPooling(nn.Module):
-    """PSPNet's head up to the penultimate map (Zhao et al., CVPR 2017, Sec. 3.2): (B, C, h, w) → (B, 512, h, w)."""
+    """PSPNet's head up to the embedding (Zhao et al., CVPR 2017, Sec. 3.2): (B, C, h, w) → (B, 512, h, w)."""
 
     def __init__(self, channels, bins=(1, 2, 3, 6)):
         super().__init__()
         self.branches = nn.ModuleList(nn.Sequential(
             nn.AdaptiveAvgPool2d(b), nn.Conv2d(channels, channels // len(bins), 1, bias=False),
             nn.BatchNorm2d(channels // len(bins)), nn.ReLU()) for b in bins)
-        self.fuse = nn.Sequential(nn.Conv2d(2 * channels, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512),
-                                  nn.ReLU(), nn.Dropout2d(0.1))
+        self.fuse = nn.Sequential(nn.Conv2d(2 * channels, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512))
 
     def forward(self, x):
         pooled = [upsample(branch(x), x.shape[-2:]).to(x.dtype) for branch in self.branches]
@@ -169,8 +169,8 @@ class PyramidPooling(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Semantic FPN's head up to the penultimate map (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019,
-    Sec. 3): maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
+    """Semantic FPN's head up to the embedding (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019, Sec. 3):
+    maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
 
     ASSUMPTION: the lateral sums go down to stride 4 and there through one 3×3 convolution with batch norm, where the
     publication refines and upsamples every level by itself (with group norm): a sixth of the head's operations."""
@@ -178,7 +178,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, channels, width):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.fuse = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.fuse = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, maps):
         lateral = [conv(x) for conv, x in zip(self.lateral, maps.values())]
@@ -202,47 +202,80 @@ class ImagePooling(ASPPPooling):
         return pooled.expand(-1, -1, *x.shape[-2:])
 
 
+class CosineClassifier(nn.Conv2d):
+    """A 1×1 convolution whose logits are cosines: (B, C, h, w) → (B, N, h, w), in [−scale, scale] (PAnS, Fontanel et al.,
+    "Detecting anomalies in semantic segmentation with prototypes", CVPR Workshops 2021): s · cos(x, w_i).
+
+    Row i of the weight is the prototype of class i. The scale is fixed, not learned, and bounds the confidence: with
+    s = 10 and N = 13, max S ≤ 0.99946. It is 10, as published."""
+
+    scale = 10.0
+
+    def __init__(self, channels, num_classes):
+        super().__init__(channels, num_classes, 1, bias=False)
+
+    def forward(self, x):
+        return self.scale * F.conv2d(F.normalize(x.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+
+
 class Segmenter(nn.Module):
     """f: images (B, 3, H, W), float in [0, 1] → logits (B, N, H, W), at the size of the input.
 
     arch "deeplabv3" is torchvision's (Chen et al. 2017), "pspnet" pyramid pooling on the same dilated backbones, both
     at output stride 8 (DeepLabv3 on a MobileNet: 16, torchvision's choice); "fpn" is Semantic FPN of `width` channels,
-    at stride 4. Raises InputError for other names.
+    at stride 4. Heads: classifier "linear" or "cosine"; `outlier` adds one logit a pixel, P(unknown) = σ(d).
+    Raises InputError for other names.
     ASSUMPTION: no auxiliary heads (the paper states L_k alone); ImageNet normalisation is part of f, so that X' and η
     are in image units.
     """
 
-    def __init__(self, arch, backbone, num_classes, width=256):
+    def __init__(self, arch, backbone, num_classes, width=256, classifier="linear", outlier=False):
         super().__init__()
-        if arch not in ARCHS or backbone not in BACKBONES:
-            raise InputError(f"no such model: {arch} on {backbone}; "
-                             f"expected one of {ARCHS} on {tuple(BACKBONES)}")
+        if arch not in ARCHS or backbone not in BACKBONES or classifier not in CLASSIFIERS:
+            raise InputError(f"no such model: {arch} on {backbone} with a {classifier} classifier; "
+                             f"expected one of {ARCHS} on {tuple(BACKBONES)} with one of {CLASSIFIERS}")
         self.arch, self.backbone_name, self.num_classes, self.width = arch, backbone, num_classes, width
+        self.classifier_name = classifier
         channels = list(TAPS[backbone].values())
         self.backbone = build_backbone(arch, backbone)
+        self.activation = nn.ReLU()
         if arch == "deeplabv3":
-            *head, self.classifier = DeepLabHead(channels[-1], num_classes).children()
+            *head, _, self.classifier = DeepLabHead(channels[-1], num_classes).children()
             head[0].convs[-1].__class__ = ImagePooling                    # the same layers
-            self.head = nn.Sequential(*head)                              # ASPP, 3×3 conv, norm, ReLU
+            self.head = nn.Sequential(*head)                              # ASPP, 3×3 conv, norm
         elif arch == "pspnet":
             self.head = PyramidPooling(channels[-1])
+            self.activation = nn.Sequential(nn.ReLU(), nn.Dropout2d(0.1))
             self.classifier = nn.Conv2d(512, num_classes, 1)
         else:
             self.head = FeaturePyramid(channels, width)
             self.classifier = nn.Conv2d(width, num_classes, 1)
+        C = self.classifier.in_channels
+        if classifier == "cosine":
+            self.classifier = CosineClassifier(C, num_classes)
+        self.outlier = nn.Conv2d(C, 1, 1) if outlier else None
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = 0.1   # ASSUMPTION: torchvision's MobileNetV3 has 0.01, whose averages lag in short runs
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
-    def features(self, X):
-        """The penultimate map (B, C, h, w): what the last 1×1 convolution sees."""
+    def embed(self, X):
+        """The embedding (B, C, h, w): the penultimate map before its activation."""
         maps = self.backbone((X - self.mean) / self.std)
         return self.head(maps if self.arch == "fpn" else maps["out"])
 
+    def outputs(self, X):
+        """dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)]): what losses and scores see."""
+        embedding = self.embed(X)
+        x = self.activation(embedding)
+        found = dict(embedding=embedding, logits=upsample(self.classifier(x).float(), X.shape[-2:]))
+        if self.outlier:
+            found["outlier"] = upsample(self.outlier(x).float(), X.shape[-2:]).squeeze(1)
+        return found
+
     def forward(self, X):
-        return upsample(self.classifier(self.features(X)).float(), X.shape[-2:])
+        return self.outputs(X)["logits"]
 
 
 def build_backbone(arch, name):
@@ -1114,6 +1147,19 @@ def save_checkpoint(path, checkpoint):
         os.fsync(file.fileno())
 
 
+def model_facts(f):
+    """What a checkpoint says of the network beside its weights; build() makes it from that."""
+    return dict(arch=f.arch, backbone=f.backbone_name, width=f.width, classifier=f.classifier_name,
+                outlier=f.outlier is not None)
+
+
+def build(checkpoint):
+    """The network of a checkpoint, with fresh weights. Facts that older files lack have the value of their time."""
+    return Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
+                     checkpoint.get("width", 256), checkpoint.get("classifier", "linear"),
+                     checkpoint.get("outlier", False))
+
+
 def load_checkpoint(path):
     """(f in eval mode on the CPU, checkpoint dict). The dict: format, model, arch, backbone, classes, data, root,
     anomaly, stage, settings, epoch and step (where the run stands: all done at epoch = settings["epochs"]), and
@@ -1129,8 +1175,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: made with the data set {checkpoint['data']}, which this version does not know; "
                          f"expected one of {', '.join(DATASETS)}")
     try:
-        f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
-                      checkpoint.get("width", 256))
+        f = build(checkpoint)
         f.load_state_dict(checkpoint["model"])
     except InputError as e:
         raise InputError(f"{path}: {e}")

@@ -228,8 +228,8 @@ def main():
     names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
              "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity)
-    facts = {k: checkpoint[k] for k in ("arch", "backbone", "classes", "data", "anomaly")}
-    facts.update(width=checkpoint.get("width", 256), root=root, stage="finetune", known_unknown=args.known_unknown)
+    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
+                 root=root, known_unknown=args.known_unknown)
     # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
     pretrain.train(f, data, args, device, settings, facts)
 

@@ -15,6 +15,7 @@ auxiliary set's. A run that was stopped or killed continues when the same comman
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import signal
@@ -100,7 +101,7 @@ def training_flags(parser, epochs_help, micro_batch=32):
 
 # ──────────────────────────────────────────── the training loop ────────────────────────────────────────────
 
-def train(f, data, args, device, settings, facts, validate=None, val_every=1):
+def train(f, data, args, device, settings, facts, validate=None, val_every=1, count=None, objective=None):
     """Minimise Eq. 5 over `data` with Adam; writes args.out (and .jsonl, .png beside it) and returns nothing.
 
     f         Segmenter on `device`
@@ -109,6 +110,11 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     settings  every plain value that decides the result; a checkpoint of other settings is refused
     facts     what later stages need, stored in the checkpoint
     validate  f → dict(miou), every `val_every` epochs and at the end
+    count     (batch, run) → whole numbers of this rank's share, the pixels of D_k first; the sums over the ranks are
+              `counts`. It may edit the batch: it sees it on the host, before any part goes through f (default: |D_k|,
+              |D_s|)
+    objective (net, part, counts) → scalar, for a part of the batch on the device; X → net(X) is f.outputs under
+              autocast. The sum over all parts and ranks is what is minimised (default: Eq. 5 by args.alpha, args.loss)
 
     The gradient is that of the whole global batch: each part divides its loss sums by the pixel counts of the
     batch (Eq. 5 is an expectation over pixels), and parts and ranks are summed by one all-reduce. Every random
@@ -116,6 +122,8 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     that was killed continues to the same result (bit-identical on a CPU).
     Raises InputError for a non-finite loss or step, after which the last good checkpoint stands.
     """
+    count = count or count_pixels
+    objective = objective or functools.partial(eq5, args)
     run = Run(f, data, args, device)
     with common.locked(run.out), contextlib.closing(batches(data, args, run, device)) as loader:
         if not resume(run, settings):
@@ -132,11 +140,11 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
                 freeze_batch_norm(f)
             batch = next(loader)
             # Eq. 5 is a mean over |D_k| and |D_s| of the global batch: known before any part of it goes through f
-            n_k, n_s, stopped = count_pixels(batch, f.num_classes, run)
-            loss = gradient(net, batch, n_k, n_s, args, run, device)             # of Eq. 5, of this rank's share
+            counts, stopped = count_over_ranks(count, batch, run)
+            loss = gradient(net, batch, objective, counts, args, run, device)    # of Eq. 5, of this rank's share
             sum_over_ranks(loss, f, args)
             for group in run.optimiser.param_groups:
-                group["lr"] = learning_rate(args, run.t / run.total)
+                group["lr"] = learning_rate(args, run.t / run.total) * group.get("factor", 1)
             run.optimiser.step()
             run.pending.append((run.t, loss, batch["index"].tolist()))
             run.t += 1
@@ -253,7 +261,7 @@ def adopt(checkpoint, settings, path):
 
 
 def prepare(f, args, run, device):
-    """f as it is called: with synchronised batch norm, compiled, or itself."""
+    """X → f.outputs(X), in bf16 where that is asked for; with synchronised batch norm, compiled."""
     if args.sync_bn and common.world() > 1 and run.cuda:
         if not args.micro_batch:
             raise common.InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
@@ -263,7 +271,14 @@ def prepare(f, args, run, device):
         f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
     # One shape for the whole run: let cuDNN try its algorithms, which takes 15 s, where the run is long
     torch.backends.cudnn.benchmark = run.cuda and run.total - run.t >= 2000
-    return torch.compile(f) if args.compile else f
+    outputs = torch.compile(f.outputs) if args.compile else f.outputs
+    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
+    bf16 = (args.precision or ("bf16" if run.cuda else "float32")) == "bf16"
+
+    def net(X):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return outputs(X)
+    return net
 
 
 def batches(data, args, run, device):
@@ -327,30 +342,40 @@ def freeze_batch_norm(f):
             m.eval()
 
 
-def count_pixels(batch, N, run):
-    """(|D_k|, |D_s|) of the global batch, and how many ranks were asked to stop: on the host, before the forward."""
+def count_pixels(batch, run):
+    """[|D_k|, |D_s|] of this rank's share of a batch."""
     label = batch["label"]
     unknown = batch.setdefault("unknown", torch.zeros_like(label, dtype=torch.bool))
-    known = (label < N) & ~unknown
-    counts = torch.tensor([int(known.sum()), int(unknown.sum()), len(run.stop)])
-    n_k, n_s, stopped = common.all_sum(counts).tolist()
-    run.labelled += n_k
+    known = (label < run.f.num_classes) & ~unknown
+    return [int(known.sum()), int(unknown.sum())]
+
+
+def count_over_ranks(count, batch, run):
+    """(the counts of the global batch, how many ranks were asked to stop): on the host, before the forward pass."""
+    *counts, stopped = common.all_sum(torch.tensor([*count(batch, run), len(run.stop)])).tolist()
+    run.labelled += counts[0]
     if not run.labelled and run.t + 1 - run.first >= min(10, run.n_steps):
         raise common.InputError(f"{run.data.name(0)} and the images after it: no labelled pixel in "
-                                f"{run.t + 1 - run.first} steps; expected labels of the {N} classes")
-    return n_k, n_s, stopped
+                                f"{run.t + 1 - run.first} steps; expected labels of the {run.f.num_classes} classes")
+    return counts, stopped
 
 
-def gradient(net, batch, n_k, n_s, args, run, device):
-    """Backpropagate Eq. 5 over this rank's share, in parts that fit the memory; returns its value on the device.
+def eq5(args, net, part, counts):
+    """Eq. 5 of a part of the batch: Σ L_k / |D_k| + α · Σ (L_KL or L_ER) / |D_s|, with the counts of the whole."""
+    logits = net(common.to_input(part["image"]))["logits"]                       # (b, N, H, W)
+    return common.objective(logits, part["label"], part["unknown"], args.alpha, args.loss, *counts)
 
-    batch: image uint8 (n, 3, H, W), label uint8 (n, H, W), unknown bool (n, H, W) = D_s. n_k, n_s: pixels of the
-    global batch. Where a part does not fit a GPU's memory, all parts are made again at half the size.
+
+def gradient(net, batch, objective, counts, args, run, device):
+    """Backpropagate the objective over this rank's share, in parts that fit the memory; returns its value.
+
+    batch: image uint8 (n, 3, H, W), label uint8 (n, H, W), unknown bool (n, H, W) = D_s, index (n,), and whatever
+    `count` put in. counts: of the global batch. Where a part does not fit a GPU's memory, all parts are made again at half the size.
     Raises InputError where two images do not fit, or --micro-batch was given."""
     buffers = [(b, b.clone()) for b in run.f.buffers()] if run.cuda and not args.micro_batch else []
     while True:
         try:
-            return accumulate(net, batch, n_k, n_s, args, run, device)
+            return accumulate(net, batch, objective, counts, args, run, device)
         except torch.cuda.OutOfMemoryError:
             run.micro = min(run.micro, len(batch["label"])) // 2
             if args.micro_batch or run.micro < 2:
@@ -363,20 +388,16 @@ def gradient(net, batch, n_k, n_s, args, run, device):
         print(f"rank {common.rank()}: out of GPU memory, going on with --micro-batch {run.micro}", flush=True)
 
 
-def accumulate(net, batch, n_k, n_s, args, run, device):
-    """One try of `gradient`: parts of run.micro images; their Σ L_k / n_k + α · Σ (L_KL or L_ER) / n_s make Eq. 5."""
-    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
-    precision = args.precision or ("bf16" if run.cuda else "float32")
+def accumulate(net, batch, objective, counts, args, run, device):
+    """One try of `gradient`: the objective of parts of run.micro images, whose sum is that of the batch."""
     torch.manual_seed(((args.seed * 1_000_003 + run.t) * 1009 + common.rank()) % 2**63)   # dropout
     run.optimiser.zero_grad()
     loss = torch.zeros((), device=device)
     n = len(batch["label"])
     parts = min(-(-n // run.micro), n // 2)   # at least 2 images each: batch norm after a 1×1 pooling needs them
-    for part in zip(*(batch[k].tensor_split(parts) for k in ("image", "label", "unknown"))):
-        image, Z, D_s = (v.to(device, non_blocking=True) for v in part)          # before the forward pass: no wait
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = net(common.to_input(image))                                 # (b, N, H, W)
-        part_loss = common.objective(logits, Z, D_s, args.alpha, args.loss, n_k, n_s)
+    for part in zip(*(values.tensor_split(parts) for values in batch.values())):
+        part = {k: v.to(device, non_blocking=True) for k, v in zip(batch, part)}   # before the forward pass: no wait
+        part_loss = objective(net, part, counts)
         part_loss.backward()
         loss += part_loss.detach()
     return loss
@@ -387,7 +408,7 @@ def sum_over_ranks(loss, f, args):
     if common.world() == 1:
         return
     averages = [b for name, b in f.named_buffers() if "running_" in name and args.bn == "train"]
-    tensors = [loss, *(p.grad for p in f.parameters() if p.requires_grad), *averages]
+    tensors = [loss, *(p.grad for p in f.parameters() if p.grad is not None), *averages]   # the same on every rank
     flat = common.all_sum(torch.cat([t.reshape(-1) for t in tensors]))
     for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(summed.view_as(t))
@@ -547,8 +568,8 @@ def main():
     names = ("data", "anomaly", "arch", "backbone", "width", "weights", "epochs", "batch_size", "lr", "crop", "scale",
              "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, dataset=scenes.identity())
-    facts = dict(stage="pretrain", arch=args.arch, backbone=args.backbone, width=args.width,
-                 classes=list(scenes.classes), data=args.data, root=args.root, anomaly=args.anomaly)
+    facts = dict(common.model_facts(f), stage="pretrain", classes=list(scenes.classes), data=args.data, root=args.root,
+                 anomaly=args.anomaly)
     train(f, scenes, args, device, settings, facts, validate=lambda f: validation(f, val, device),
           val_every=args.val_every or max(1, args.epochs // 50))
 

@@ -52,9 +52,12 @@ def test_shapes_and_output_stride(f):
 
 
 @torch.inference_mode()
-def test_features_are_what_the_last_convolution_sees(f):
+def test_the_last_convolution_sees_the_activated_embedding(f):
     X = torch.rand(1, 3, 33, 47)
-    z = torch.einsum("bchw,nc->bnhw", f.features(X), f.classifier.weight[..., 0, 0]) + f.classifier.bias.view(-1, 1, 1)
+    embedding = f.outputs(X)["embedding"]
+    assert embedding.min() < 0, "the map is not the one before the ReLU"
+    z = torch.einsum("bchw,nc->bnhw", embedding.clamp(min=0), f.classifier.weight[..., 0, 0]) + \
+        f.classifier.bias.view(-1, 1, 1)
     assert f.classifier.kernel_size == (1, 1)
     torch.testing.assert_close(nn.functional.interpolate(z, (33, 47), mode="bilinear"), f(X), rtol=1e-3, atol=1e-4)
 
@@ -108,10 +111,10 @@ def test_deeplab_equals_torchvisions(backbone):
 # PSPNet's pyramid in numpy float64, from its paper (Zhao et al., CVPR 2017, Sec. 3.2)
 
 def normed(x, m):
-    """Batch norm in eval mode, then ReLU; x (C, h, w)."""
+    """Batch norm in eval mode; x (C, h, w)."""
     mean, var, weight, bias = (v.detach().numpy()[:, None, None]
                                for v in (m.running_mean, m.running_var, m.weight, m.bias))
-    return np.maximum((x - mean) / np.sqrt(var + m.eps) * weight + bias, 0)
+    return (x - mean) / np.sqrt(var + m.eps) * weight + bias
 
 
 def resized(x, size):
@@ -147,7 +150,7 @@ def test_pyramid_pooling():
         conv, norm = branch[1], branch[2]
         reduced = np.einsum("chw,dc->dhw", pooled(parts[0], bins), conv.weight.numpy()[..., 0, 0])
         assert reduced.shape == (4, bins, bins)     # a quarter of the channels each
-        parts.append(resized(normed(reduced, norm), (9, 13)))
+        parts.append(resized(normed(reduced, norm).clip(0), (9, 13)))   # ReLU
     want = normed(convolved(np.concatenate(parts), head.fuse[0].weight.numpy()), head.fuse[1])
     assert want.shape == (512, 9, 13)
     np.testing.assert_allclose(head(x)[0].numpy(), want, rtol=1e-9, atol=1e-10)
@@ -324,3 +327,54 @@ def test_imagenet_weights_are_loaded(monkeypatch):
     common.load_backbone(f, "imagenet")
     assert torch.equal(f.backbone["0"][0].weight, state["features.0.0.weight"])
     assert torch.equal(f.backbone["16"][1].running_var, state["features.16.1.running_var"])
+
+
+def test_cosine_classifier():
+    """s · cos(x, w_i) in float64; neither the length of a feature nor of a prototype matters; a zero feature is finite."""
+    torch.manual_seed(7)
+    head, x = common.CosineClassifier(6, 4), torch.randn(2, 6, 3, 5)
+    w, e = head.weight.detach().double()[..., 0, 0], x.double()
+    want = 10 * torch.einsum("bchw,nc->bnhw", e, w) / e.norm(dim=1, keepdim=True) / w.norm(dim=1).view(-1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(head(x).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(head(7.3 * x), head(x))
+        head.weight[1] *= 7.3
+        torch.testing.assert_close(head(x).double(), want, rtol=1e-5, atol=1e-5)
+        assert head(torch.zeros_like(x)).abs().max() == 0 and head(x).abs().max() <= 10
+    assert head.bias is None
+
+
+def test_heads_beside_the_classifier():
+    """An outlier head reads what the classifier reads; without it the weights are drawn as ever; others are refused."""
+    torch.manual_seed(3)
+    plain = common.Segmenter("fpn", SMALL, 5, 16)
+    torch.manual_seed(3)
+    f = common.Segmenter("fpn", SMALL, 5, 16, outlier=True).eval()
+    state = plain.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items() if not k.startswith("outlier."))
+    X = torch.rand(2, 3, 40, 52)
+    with torch.no_grad():
+        found = f.outputs(X)
+        d = torch.einsum("bchw,c->bhw", found["embedding"].clamp(min=0), f.outlier.weight[0, :, 0, 0]) + f.outlier.bias
+        want = nn.functional.interpolate(d[:, None], (40, 52), mode="bilinear")[:, 0]
+        torch.testing.assert_close(found["outlier"], want, rtol=1e-4, atol=1e-5)
+        assert "outlier" not in plain.eval().outputs(X)
+    with pytest.raises(common.InputError, match="round classifier"):
+        common.Segmenter("fpn", SMALL, 5, 16, classifier="round")
+
+
+def test_a_checkpoint_says_which_heads_it_has(tmp_path):
+    facts = dict(classes=["a", "b", "c"], data="toy", root="", anomaly=None, settings={}, epoch=0, step=0)
+    X = torch.rand(1, 3, 33, 40)
+    for heads in (dict(classifier="cosine"), dict(outlier=True)):
+        f = common.Segmenter("fpn", SMALL, 3, 8, **heads).eval()
+        common.save_checkpoint(tmp_path / "x.pt", dict(common.model_facts(f), model=f.state_dict(), **facts))
+        g = common.load_checkpoint(tmp_path / "x.pt")[0]
+        with torch.no_grad():
+            torch.testing.assert_close(g.outputs(X), f.outputs(X), rtol=1e-4, atol=1e-5)
+    # a file from before there were such heads
+    f = common.Segmenter("fpn", SMALL, 3, 8)
+    old = {k: v for k, v in common.model_facts(f).items() if k not in ("classifier", "outlier")}
+    common.save_checkpoint(tmp_path / "x.pt", dict(old, model=f.state_dict(), **facts))
+    g = common.load_checkpoint(tmp_path / "x.pt")[0]
+    assert g.classifier_name == "linear" and g.outlier is None
