@@ -442,7 +442,7 @@ RULES = (   # of dataset.json: pattern of a key, what belongs there, whether a v
     ("hold_out", "a number between 0 and 1", lambda v: type(v) in (int, float) and 0 < v < 1),
     (r"counts\.(train|val|test)", "a number of images", lambda v: type(v) is int),
     ("classes|counts|splits", "an object {…}", lambda v: v == {}),   # what they hold has rules of its own
-    (".*", "no such key, but some of classes, ignored, known, anomaly, anomaly_classes, splits, hold_out, unlabeled, "
+    (".*", "another key: classes, ignored, known, anomaly, anomaly_classes, splits, hold_out, unlabeled, "
            "counts, source; of splits and counts train, val, test; of a split images, labels, image_end, label_end",
      lambda v: False),
 )
@@ -463,7 +463,7 @@ def leaves(value, key=""):
     elif isinstance(value, dict) and value and re.fullmatch(f"|classes|counts|splits|{SPLIT}", key):
         required = ("classes", "splits") if not key else ("images", "labels") if re.fullmatch(SPLIT, key) else ()
         for k in dict.fromkeys((*value, *required)):
-            yield from leaves(value.get(k), f"{key}.{k}" if key else k)
+            yield from leaves(value.get(k), f"{key}.{k}" if key else json.dumps(k) if "." in k else k)
     else:
         yield key, value
 
@@ -561,10 +561,11 @@ def layout_error(spec, what):
     if data == "folder":
         return InputError(f"{root / 'dataset.json'}: {what}; found: {there}; expected it and the folders that it names "
                           f"({source})")
-    tables = ["\n".join(f"{w['images']}/…    {w['labels']}/…{w.get('label_end', '')}.png" for w in table.values())
-              for table in as_list(DATASETS[data]["splits"])]
-    return InputError(f"{root}: not the layout of {data}: {what}; found: {there}.\nExpected images and labels in\n"
-                      f"{chr(10).join(tables)}\nfrom: {source}".replace("\n", "\n    "))
+    lines = [f"{root}: not the layout of {data}: {what}; found: {there}.", "Expected images and labels in"]
+    for n, table in enumerate(as_list(DATASETS[data]["splits"])):
+        lines += ["or"] * (n > 0)
+        lines += [f"{w['images']}/…    {w['labels']}/…{w.get('label_end', '')}.png" for w in table.values()]
+    return InputError("\n    ".join([*lines, f"from: {source}"]))
 
 
 def missing_folders(spec, splits=SPLITS):
