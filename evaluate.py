@@ -22,6 +22,7 @@ the CAOS code does, from which the baselines of Table II come).
 Sections: scores · metrics · protocol · evaluation · results · figures · photographs · main
 """
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -556,6 +557,15 @@ def environment(device):
 
 # ─────────────────────────────────────────────── evaluation ───────────────────────────────────────────────
 
+def gather_first(make):
+    """[make() of every rank] on rank 0; [make()] elsewhere."""
+    if not torch.distributed.is_initialized():
+        return [make()]
+    values = [None] * common.world() if common.rank() == 0 else None
+    torch.distributed.gather_object(make(), values)
+    return values or [None]
+
+
 class Tally:
     """What one model accumulates over the images of this rank."""
 
@@ -590,7 +600,7 @@ class Tally:
         for histogram in self.histograms.values():
             pixels = common.all_sum(torch.tensor(histogram.total.sum()))
             histogram.make_room(int(pixels))             # the bins of many scores are fewer than these
-            for state in common.gather_first(histogram.state)[1:]:
+            for state in gather_first(histogram.state)[1:]:
                 histogram.merge(state)
 
 
@@ -876,6 +886,21 @@ def find_photographs(paths):
     return photographs, unread
 
 
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}   # by the value of EXIF's tag "orientation"
+
+
+def upright(path):
+    """A photograph as uint8 (H, W, 3), turned as its EXIF orientation says, if that can be read. InputError as of
+    common.read_image."""
+    pixels, turn = common.read_image(path), None
+    with contextlib.suppress(Exception), warnings.catch_warnings():   # struct.error and others, by Pillow's version
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            turn = TURNS.get(image.getexif().get(0x0112))
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+
+
 @torch.inference_mode()
 def photograph_maps(models, pixels, scores, args, device):
     """(score float32, predicted class uint8), (H, W) each, of pixels (H, W, 3) that f sees at --max-side.
@@ -939,7 +964,7 @@ def photographs(models, classes, args, device, out):
     scores = prepare_scores(models, [name], args, device)
     for path, stem in common.progress(files.items(), "photographs"):
         try:
-            pixels = common.read_image(path, upright=True)
+            pixels = upright(path)
             score, predicted = photograph_maps(models, pixels, scores, args, device)
         except common.InputError as e:
             failed[path] = str(e) if str(e).startswith(str(path)) else f"{path}: {e}"

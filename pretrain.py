@@ -11,6 +11,8 @@
 
 The training loop is here too: `train` minimises Eq. 5, for this stage with an empty D_s, for finetune.py with the
 auxiliary set's. A run that was stopped or killed continues when the same command is given again.
+
+Sections: the training loop · training images (augmentation, --cache) · stage 1
 """
 import argparse
 import contextlib
@@ -18,6 +20,7 @@ import copy
 import functools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -545,7 +549,126 @@ def share_of_peak(tflops, device):
     return f" ({100 * tflops / peak:.1f} % of {peak}, dense bf16)" if peak else ""
 
 
+# ──────────────────────────────────────────── training images ────────────────────────────────────────────
+
+class TrainingScenes(common.Scenes):
+    """A split for training: item (epoch, i) → dict(image uint8 (3, h, w), label uint8 (h, w), index = i), augmented.
+
+    crop: (h, w) of an item; scale: range of the random scale. Random numbers are a function of (seed, epoch, i) alone,
+    so that neither loader processes nor interruptions change them. cache: a folder for a decoded copy of the split."""
+
+    cached = None   # paths of the copy
+
+    def __init__(self, data, root, split, anomaly=None, crop=(512, 512), scale=(1, 1), seed=0, cache=None):
+        super().__init__(data, root, split, anomaly)
+        self.crop, self.scale, self.seed = crop, scale, seed
+        self.cached = decoded_cache(self, cache) if cache else None
+
+    def decode(self, i):
+        """(image uint8 (H, W, 3), label uint8 (H, W)) at full size."""
+        if not self.cached:
+            return super().decode(i)
+        # Opened for every item: as attributes they would be copied whole into spawned processes
+        return tuple(np.load(path, "r", allow_pickle=False)[i] for path in self.cached)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        image, label = self.decode(i)
+        image, label = augment(image, label, self.crop, self.scale, np.random.default_rng([self.seed, epoch, i]))
+        return dict(image=torch.tensor(image).permute(2, 0, 1), label=torch.tensor(label), index=i)
+
+
+def augment(image, label, crop, scale, rng):
+    """Random scale, crop and flip, in one resampling of the window (image bilinear, label nearest).
+
+    ASSUMPTION: DeepLabv3's choice (scale 0.5 to 2, crop, flip); the scale is uniform in its logarithm, and outside the
+    image is grey 114 and ignored. The paper names none."""
+    s = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
+    size = [max(1, round(c / s)) for c in crop]           # the window in source pixels
+    window = []
+    for full, part in zip(label.shape, size):
+        at = int(rng.integers(min(0, full - part), max(0, full - part) + 1))   # below 0: the window overhangs
+        window.append((at, slice(max(at, 0), min(at + part, full))))
+    (y, ys), (x, xs) = window
+    patch, ids = np.full((*size, 3), 114, np.uint8), np.full(size, common.IGNORED, np.uint8)
+    inside = (slice(ys.start - y, ys.stop - y), slice(xs.start - x, xs.stop - x))
+    patch[inside], ids[inside] = image[ys, xs], label[ys, xs]
+    if rng.random() < 0.5:
+        patch, ids = patch[:, ::-1], ids[:, ::-1]
+    if tuple(size) != tuple(crop):
+        patch = np.asarray(Image.fromarray(np.ascontiguousarray(patch)).resize(crop[::-1], Image.BILINEAR))
+        ids = np.asarray(Image.fromarray(np.ascontiguousarray(ids)).resize(crop[::-1], Image.NEAREST))
+    return np.ascontiguousarray(patch), np.ascontiguousarray(ids)
+
+
+def decoded_cache(scenes, folder):
+    """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
+    source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
+    folder = Path(folder)
+    listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
+    # Another root or anomaly: another copy. Another state of the files: in place of the old copy
+    of = f"{scenes.data}-{scenes.split}-{common.digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"
+    paths = [folder / f"{of}-{common.digest(chr(10).join(listing))}-{kind}.npy" for kind in ("images", "labels")]
+    if all(p.exists() for p in paths):
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    # Temporary files of a killed run; a young one may be another run's
+    old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]
+    for stale in [*folder.glob(f"{of}-*"), *old]:
+        stale.unlink(missing_ok=True)
+    H, W = scenes.decode(0)[1].shape
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(common.replacing(p)) for p in paths]
+        images, labels = (np.lib.format.open_memmap(p, "w+", np.uint8, (len(scenes), H, W, *tail))
+                          for p, tail in zip(files, ((3,), ())))
+        if hasattr(os, "posix_fallocate"):   # a full disk is an error here, not a crash on a later write
+            for p in files:
+                with open(p, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(p))
+
+        def put(i):
+            image, label = scenes.decode(i)
+            if label.shape != (H, W):
+                raise common.InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is "
+                                        f"{W}×{H}; --cache expects one size: leave it out")
+            images[i], labels[i] = image, label
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(common.progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
+        images.flush()
+        labels.flush()
+    return paths
+
+
 # ─────────────────────────────────────────────── stage 1 ───────────────────────────────────────────────
+
+def load_backbone(f, weights):
+    """Load backbone weights into f: "none", "imagenet" (torchvision's; downloaded once) or a state-dict file.
+
+    Raises InputError where they cannot be had or do not fit."""
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        enum = common.BACKBONES[f.backbone_name]
+        kept = Path(torch.hub.get_dir(), "checkpoints", enum.url.rpartition("/")[2])   # torchvision's cache
+        there = kept.exists()
+        try:
+            state = enum.get_state_dict(progress=False, check_hash=True)
+        except Exception as e:   # no network; or whatever a damaged file makes torch raise
+            if there:
+                raise common.InputError(f"{kept}: not the ImageNet weights of {f.backbone_name} (a broken download?): "
+                                        "delete the file, and they are fetched again")
+            raise common.InputError(f"cannot download the ImageNet weights ({getattr(e, 'reason', e)}): pass --weights "
+                                    f"none to start from random weights, or fetch {enum.url} elsewhere and pass "
+                                    "--weights FILE")
+    else:
+        state = common.load_tensors(weights, "a state dict of torchvision's ImageNet classifier")
+    try:
+        state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+        f.backbone.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as e:
+        raise common.InputError(f"{weights}: not the weights of {f.backbone_name}: "
+                                f"{str(e).splitlines()[-1].strip()[:200]}")
+
 
 def main():
     args = parse()
@@ -554,12 +677,12 @@ def main():
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
         args.root = common.default_root(args.data, args.root, write=True)
-        scenes = common.Scenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
-                               cache=args.cache)
+        scenes = TrainingScenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
+                                args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
     torch.manual_seed(args.seed % 2**63)
     f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width)
-    common.load_backbone(f, args.weights)
+    load_backbone(f, args.weights)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
     common.say(f"{args.data} at {args.root}: {len(scenes)} training and {len(val)} validation images, "

@@ -195,7 +195,7 @@ def test_models_losses_and_scores_stay_on_their_device(fake, arch):
 
 def test_data_sets_can_be_sent_to_a_process(small, tmp_path):
     """What a loader process that is not forked gets is a pickled copy: the same items, and the cache not with it."""
-    scenes = [common.Scenes("toy", str(small / "toy"), "train", crop=(32, 48), scale=(0.5, 2), cache=cache)
+    scenes = [pretrain.TrainingScenes("toy", str(small / "toy"), "train", crop=(32, 48), scale=(0.5, 2), cache=cache)
               for cache in (None, tmp_path / "cache")]
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 2, "--out", "set",
            "--device", "cpu", folder=tmp_path)

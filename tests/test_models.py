@@ -15,6 +15,7 @@ from torchvision.transforms.functional import normalize
 
 import common
 import mgu_generate
+import pretrain
 
 SMALL, LARGE, V2 = "mobilenet_v3_large", "resnet50", "mobilenet_v2"
 MODELS = [(arch, backbone) for arch in common.ARCHS for backbone in (SMALL, V2, LARGE)]
@@ -236,7 +237,7 @@ def test_weights_of_a_classifier_file(tmp_path, backbone):
     torch.save(theirs.state_dict(), tmp_path / "classifier.pth")
     f = common.Segmenter("deeplabv3", backbone, 5)
     head = copy.deepcopy({**f.head.state_dict(), **f.classifier.state_dict()})
-    common.load_backbone(f, str(tmp_path / "classifier.pth"))
+    pretrain.load_backbone(f, str(tmp_path / "classifier.pth"))
     # The stem, which no dilation touches, is the same function; and no tensor of the backbone is left as it was
     X = torch.randn(1, 3, 40, 56)
     f.eval()
@@ -262,14 +263,14 @@ def test_damaged_file_in_the_cache_of_weights(tmp_path, monkeypatch, content):
     kept.parent.mkdir(parents=True)
     kept.write_bytes(content)
     with pytest.raises(common.InputError) as e:
-        common.load_backbone(common.Segmenter("fpn", V2, 5, 8), "imagenet")
+        pretrain.load_backbone(common.Segmenter("fpn", V2, 5, 8), "imagenet")
     assert str(kept) in str(e.value) and "delete the file" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_no_weights_leave_f_alone():
     f = common.Segmenter("deeplabv3", SMALL, 5)
     before = copy.deepcopy(f.state_dict())
-    common.load_backbone(f, "none")
+    pretrain.load_backbone(f, "none")
     assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items())
 
 
@@ -299,7 +300,7 @@ def test_wrong_weights_file(tmp_path, write):
     write(path)
     f = common.Segmenter("deeplabv3", SMALL, 5)
     with pytest.raises(common.InputError) as e:
-        common.load_backbone(f, str(path))
+        pretrain.load_backbone(f, str(path))
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -312,7 +313,7 @@ def test_imagenet_weights_without_network(monkeypatch, error):
     monkeypatch.setattr(type(enum), "get_state_dict", fails)
     f = common.Segmenter("deeplabv3", SMALL, 5)
     with pytest.raises(common.InputError) as e:
-        common.load_backbone(f, "imagenet")
+        pretrain.load_backbone(f, "imagenet")
     message = str(e.value)
     assert "--weights none" in message and enum.url in message and "\n" not in message
     assert str(getattr(error, "reason", error)) in message
@@ -324,7 +325,7 @@ def test_imagenet_weights_are_loaded(monkeypatch):
     monkeypatch.setattr(torchvision.models.MobileNet_V3_Large_Weights, "get_state_dict",
                         lambda self, **kwargs: dict(state))
     f = common.Segmenter("pspnet", SMALL, 5)
-    common.load_backbone(f, "imagenet")
+    pretrain.load_backbone(f, "imagenet")
     assert torch.equal(f.backbone["0"][0].weight, state["features.0.0.weight"])
     assert torch.equal(f.backbone["16"][1].running_var, state["features.16.1.running_var"])
 

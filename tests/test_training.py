@@ -412,7 +412,7 @@ def test_hostile_files_run_nothing(small, tmp_path):
         with pytest.raises(common.InputError, match=name):
             common.load_checkpoint(tmp_path / name)
         with pytest.raises(common.InputError, match=name):   # as --weights
-            common.load_backbone(common.Segmenter("deeplabv3", "mobilenet_v3_large", 12), str(tmp_path / name))
+            pretrain.load_backbone(common.Segmenter("deeplabv3", "mobilenet_v3_large", 12), str(tmp_path / name))
     one_line(run(*PRETRAIN, "--root", small / "toy", "--out", "zip.pt", folder=tmp_path),
              "zip.pt: refused")   # as a run to continue
 
