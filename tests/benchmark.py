@@ -687,6 +687,7 @@ def bench_gpu(args, device):
         evaluation(15, arch)
     hours()
     report.values["ratios"] = ratios(report, archs)
+    report.write()
     for r in [r for r in report.values["rows"] if r.get("gib") and r.get("loop") == "ours" and not r["compiled"]]:
         report.attempt(device, "memory", 15, lambda: dict(measured=r["gib"], calculated=round(calculated(
             r["section"], r["arch"], backbone, tuple(r["size"]), r["precision"], r["batch"]), 2)),

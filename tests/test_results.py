@@ -352,3 +352,18 @@ def test_choose():
     assert "plain2 × 2.683 -0.50" in told[0]                                            # (9/5 · 20/5)^½
     assert choose.choose([r for r in rows if r["name"] in ("msp", "plain20")] + [row("base", 30, 70)], "toy")[0] == {
         "mgu": dict(step_size=20.0), "finetune": dict(mix="clean", bn="train", loss="kl", alpha=0.3)}
+
+
+def test_choice_table(tmp_path):
+    """What the rule sees, by hand: 10/5 and 22/5 of AUPR in each of two groups; 2 points are too many to lose."""
+    def row(name, aupr, miou):
+        return dict(data="toy", test="toy_b", seed=0, name=name, miou=miou, pooled=dict(aupr=aupr),
+                    per_image=dict(aupr=aupr))
+    rows = [row("msp", 5, 80), row("base", 10, 79), row("plain20", 22, 78)]
+    (tmp_path / "choice.json").write_text(json.dumps(dict(study="choice", rows=rows, mgu=[], protocol={"toy_b": {}})))
+    (tmp_path / "gpu.json").write_text(json.dumps(dict(rows=[dict(section="mgu")])))       # of another kind
+    tests = tables.load(tmp_path)
+    lines = tables.table(tests, "choice toy").splitlines()
+    assert lines[2].startswith("| **1** | **base: η = 5") and lines[2].endswith("| **× 2.000** | **−1.00** |")
+    assert lines[3] == "| 1 | η = 20 | × 4.400 | −2.00 |" and len(lines) == 6
+    assert tables.table(tests, "choice camvid") == "not run\n"

@@ -34,14 +34,20 @@ def gains(rows, data, name):
     return (math.exp(sum(logs) / len(logs)), sum(points) / len(points)) if logs else None
 
 
-def choose(rows, data):
-    """{"mgu": settings, "finetune": settings}, and the lines that say why."""
-    chosen, told = {"mgu": {}, "finetune": {}}, []
+def stages(rows, data):
+    """Yields (stage, {row: gains}, the row that the rule takes) for each stage, of the rows that have run."""
     for stage, options in STAGES:
         found = {name: gains(rows, data, name) for name in options}
         found = {name: g for name, g in found.items() if g}
         admissible = {name: g for name, g in found.items() if g[1] >= -1.5}
         best = max(admissible, key=lambda n: admissible[n][0]) if admissible else max(found, key=lambda n: found[n][1])
+        yield stage, found, best
+
+
+def choose(rows, data):
+    """{"mgu": settings, "finetune": settings}, and the lines that say why."""
+    chosen, told = {"mgu": {}, "finetune": {}}, []
+    for (stage, options), (_, found, best) in zip(STAGES, stages(rows, data)):
         chosen[stage].update(options[best])
         told.append(f"{data}: " + ", ".join(f"{n} × {g[0]:.3f} {g[1]:+.2f}" for n, g in found.items()) + f" → {best}")
     return chosen, told

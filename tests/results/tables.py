@@ -7,6 +7,7 @@
     <!-- table factors toy -->…<!-- /table -->             AUPR over MSP's of the same seed; differences to MSP
     <!-- table mgu toy_b -->…<!-- /table -->               the auxiliary sets that were used for a test set
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
+    <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
@@ -23,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import choose
 import experiments
 
 FILES = HERE.parents[1] / "README.md", HERE / "README.md"
@@ -37,7 +39,7 @@ def load(folder=HERE):
     tests = {}
     for path in sorted(Path(folder).glob("*.json")):
         found = json.loads(path.read_text())
-        for row in found["rows"]:
+        for row in found["rows"] if "study" in found else ():    # gpu.json holds times
             test = tests.setdefault(row["test"], dict(study=found["study"], rows={}, data=row["data"]))
             test["rows"][row["name"], row["seed"]] = row
             test["protocol"] = found["protocol"][row["test"]]
@@ -166,8 +168,23 @@ def hardware(test):
     return "".join(f"* {device}: {len(dates)} rows, {min(dates)} to {max(dates)}\n" for device, dates in used.items())
 
 
+def choice(tests, data):
+    """Per stage of the rule the rows that have run: factor of AUPR, points of mIoU; bold: the one that it takes."""
+    rows = [r for test in tests.values() if test["study"] == "choice" for r in test["rows"].values()]
+    if not any(r["data"] == data for r in rows):
+        return f"{ABSENT}\n"
+    labels, lines = {name: label.replace("**", "") for name, label, *_ in experiments.CHOICE}, []
+    for number, (_, found, best) in enumerate(choose.stages(rows, data), 1):
+        for name, (factor, points) in found.items():
+            cells = [f"{number}", labels[name], f"× {factor:.3f}", f"{points:+.2f}".replace("-", "−")]
+            lines.append([f"**{c}**" for c in cells] if name == best else cells)
+    return lines_of(["stage", "row", "AUPR against MSP", "mIoU"], lines)
+
+
 def table(tests, words):
     kind, name = words.split()
+    if kind == "choice":
+        return choice(tests, name)
     make = {"results": results, "factors": factors, "mgu": mgu, "hardware": hardware}[kind]
     return make(tests[name]) if name in tests else f"{ABSENT}\n"
 
