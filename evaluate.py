@@ -191,7 +191,7 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
 
 
 def prepare_scores(fs, names, args, device):
-    """{name: score}, where score(X, seen, index) → (B, H, W): whatever a score needs beside an image is made here, once.
+    """{name: score}, score(X, seen, index) → (B, H, W): whatever a score needs beside an image is made here, once.
 
     fs: the model [f], or an ensemble [f, …]. X (B, 3, H, W); seen: what forward() says of it; index: of the image in
     its split, from which random numbers are drawn. Every score is a pure function of these, so that no number depends
