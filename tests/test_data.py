@@ -19,7 +19,7 @@ import finetune
 import pretrain
 import toy
 from conftest import predict_every_class
-from runner import run, run_ok
+from runner import NO_FIGURES, run, run_ok
 
 H, W = 24, 36
 IGNORED, ANOMALY = 255, 254
@@ -886,9 +886,10 @@ def test_four_scripts_on_own_data(small, tmp_path):
         results[data] = checkpoint["model"]
     assert all(torch.equal(v, results["folder"][k]) for k, v in results["toy"].items())
     predict_every_class(folder / "pretrained.pt")
-    run_ok("mgu_generate.py", "--per-class", 1, "--batch-size", 2, "--max-steps", 2, "--out", "aux", folder=folder)
-    run_ok("finetune.py", "--aux", "aux", "--epochs", 1, "--batch-size", 2, folder=folder)
-    run_ok("evaluate.py", "--unlabeled", "ignore", "--panels", 0, folder=folder)
+    run_ok("mgu_generate.py", "--per-class", 1, "--batch-size", 4, "--max-steps", 2, "--out", "aux", folder=folder,
+           before=NO_FIGURES)
+    run_ok("finetune.py", "--aux", "aux", "--epochs", 1, "--batch-size", 4, folder=folder, before=NO_FIGURES)
+    run_ok("evaluate.py", "--unlabeled", "ignore", "--panels", 0, folder=folder, before=NO_FIGURES)
     evaluated = json.loads((folder / "results/results.json").read_text())
     assert evaluated["protocol"]["images"] == 3 and evaluated["pooled"]["aupr"] > 0
     (folder / "elsewhere").mkdir()
@@ -1013,8 +1014,9 @@ def test_scripts_with_names_that_are_not_utf8(small, tmp_path):
         shutil.copy(path, to.with_name(f"{odd}{path.name}"))
     run_ok("pretrain.py", "--root", root, "--epochs", 1, "--batch-size", 2, "--crop", 32, 48, folder=tmp_path)
     predict_every_class(tmp_path / "pretrained.pt")
-    run_ok("mgu_generate.py", "--per-class", 1, "--batch-size", 2, "--max-steps", 2, "--out", "aux", folder=tmp_path)
-    run_ok("finetune.py", "--aux", "aux", "--images", "clean", "--epochs", 1, "--batch-size", 2, folder=tmp_path)
+    run_ok("mgu_generate.py", "--per-class", 1, "--batch-size", 4, "--max-steps", 2, "--out", "aux", folder=tmp_path,
+           before=NO_FIGURES)
+    run_ok("finetune.py", "--aux", "aux", "--images", "clean", "--epochs", 1, "--batch-size", 4, folder=tmp_path)
     run_ok("evaluate.py", "--panels", 1, folder=tmp_path)
     shutil.copy(next(root.rglob("*.png")), tmp_path / f"{odd}.png")
     next((root / "test/annotations").rglob("*.png")).unlink()

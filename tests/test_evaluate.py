@@ -18,7 +18,7 @@ from torch import nn
 
 import common
 import evaluate
-from runner import finish, run, run_ok, start, wait_for
+from runner import NO_FIGURES, finish, run, run_ok, start, wait_for
 
 
 def literal_crf(log_S, iterations, sigma_xy, sigma_p, compat, radius, stride):
@@ -189,10 +189,11 @@ def test_labels_tell_checkpoints_apart(tmp_path):
 
 # ─────────────────────────────────────────── the script, as it is run ───────────────────────────────────────────
 
-def tried(small, *args, folder, ok=True, **more):
-    """evaluate.py with the small checkpoint."""
+def tried(small, *args, folder, ok=True, figures=False, before="", **more):
+    """evaluate.py with the small checkpoint; the `figures` of matplotlib are drawn where a test asks for them."""
     ckpt = () if "--ckpt" in args else ("--ckpt", small / "pretrained.pt")
-    return (run_ok if ok else run)("evaluate.py", *ckpt, *args, folder=folder, **more)
+    before = before if figures else NO_FIGURES + before
+    return (run_ok if ok else run)("evaluate.py", *ckpt, *args, folder=folder, before=before, **more)
 
 
 def files(folder):
@@ -227,7 +228,7 @@ def test_a_results_folder_holds_one_run(small, tmp_path):
     picture(tmp_path / "p/a.jpg")
     picture(tmp_path / "p/b.jpg")
     out = tmp_path / "results"
-    tried(small, "--panels", 1, folder=tmp_path)
+    tried(small, "--panels", 1, folder=tmp_path, figures=True)
     evaluated = ["curves.png", "panels.png", "results.json", "threshold.png"]
     assert files(out) == evaluated
     (out / "notes.txt").write_text("mine")
@@ -247,7 +248,7 @@ def test_a_results_folder_holds_one_run(small, tmp_path):
 def test_its_own_overlays_are_no_photographs(small, tmp_path):
     for name in ("a.jpg", "sub/b.png"):
         picture(tmp_path / "pp" / name)
-    tried(small, "--panels", 1, "--out", "pp", folder=tmp_path)      # figures and results.json are not either
+    tried(small, "--panels", 1, "--out", "pp", folder=tmp_path, figures=True)      # figures and results.json are not either
     wanted = [f"{n}_{kind}" for n in ("a", "sub_b") for kind in ("anomaly.png", "classes.png", "score.npy")]
     for out in ("pp", "pp", "pp/deep/results", "pp/deep/results", "elsewhere", "."):
         done = tried(small, "--images", "pp", "--out", out, folder=tmp_path)
@@ -396,7 +397,7 @@ def test_names_that_are_no_utf_8(small, tmp_path):
     shutil.copy(small / "pretrained.pt", tmp_path / odd / f"{odd}.pt")
     picture(tmp_path / odd / f"photos/{odd}.jpg")
     args = ("--ckpt", f"{odd}/{odd}.pt", "--out", f"{odd}/out")
-    done = tried(small, *args, "--root", f"{odd}/toy", folder=tmp_path)
+    done = tried(small, *args, "--root", f"{odd}/toy", folder=tmp_path, figures=True)
     assert list(results(tmp_path / odd / "out")["protocol"]["checkpoints"]) == ["caf\\xe9/caf\\xe9.pt"]
     assert "caf\\xe9 " in done.out and "curves.png" in files(tmp_path / odd / "out")
     tried(small, *args, "--images", f"{odd}/photos", folder=tmp_path)

@@ -108,8 +108,8 @@ def test_bins_hold_the_scores_of_models(sharpness):
     unknown = torch.zeros(3, 60, 60, dtype=torch.bool)
     unknown[:, 20:26, 10:19] = True
     coarse = sharpness * torch.where(unknown[:, None], 0.6, 1) * coarse
-    logits = torch.nn.functional.interpolate(coarse, 360, **size)
-    positive = unknown.repeat_interleave(6, 1).repeat_interleave(6, 2).numpy()
+    logits = torch.nn.functional.interpolate(coarse, 240, **size)
+    positive = unknown.repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()
     for name, score in SCORES.items():
         scores = score(logits).numpy()
         want = reference(scores.ravel(), positive.ravel())
@@ -221,20 +221,19 @@ def test_independent_of_order_batches_and_ranks(kind):
     whole = pooled(scores, positive)
     want, bins = whole.metrics(), whole.state()
     orders = [np.argsort(scores), np.argsort(-scores), np.argsort(np.abs(scores)), RNG(1).permutation(60_000)]
-    for order, batches in zip(orders, (50, 7, 50, 13)):
+    for order, batches, cut in zip(orders, (50, 7, 50, 13), (100, 40_000, 40_000, 100)):
         s, p = scores[order], positive[order]
         assert pooled(s, p, batches).metrics() == want
-        for cut in (100, 40_000):  # the ranks saw different ranges
-            ranks = [pooled(s[:cut], p[:cut], 3), pooled(s[cut:], p[cut:], 3)]
-            for first, second in (ranks, ranks[::-1]):
-                merged = ScoreHistogram(0)
-                merged.merge(first.state())
-                merged.merge(second.state())
-                assert merged.metrics() == want
-                got = merged.state()
-                assert all(np.array_equal(got[k], bins[k]) for k in bins)
-            ranks[0].merge(ranks[1].state())  # into a non-empty one
-            assert ranks[0].metrics() == want
+        ranks = [pooled(s[:cut], p[:cut], 3), pooled(s[cut:], p[cut:], 3)]   # which saw different ranges
+        for first, second in (ranks, ranks[::-1]):
+            merged = ScoreHistogram(0)
+            merged.merge(first.state())
+            merged.merge(second.state())
+            assert merged.metrics() == want
+            got = merged.state()
+            assert all(np.array_equal(got[k], bins[k]) for k in bins)
+        ranks[0].merge(ranks[1].state())  # into a non-empty one
+        assert ranks[0].metrics() == want
 
 
 @pytest.mark.parametrize("exact", [59_999, 60_000])
@@ -290,6 +289,8 @@ def test_memory_is_bounded():
     """256 MiB for any number of pixels, kept (half of them positive: the costliest share) or binned; and what is sent
     between ranks is small."""
     rng = RNG(0)
+    scores = rng.standard_normal(1 << 20, np.float32)
+    drawn = sort_by_class(scores, scores > rng.standard_normal(1 << 20, np.float32))
     tracemalloc.start()
     try:
         peaks = []
@@ -297,9 +298,8 @@ def test_memory_is_bounded():
             histogram = ScoreHistogram(exact)
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
-            for _ in range(images):
-                scores = rng.standard_normal(1 << 20, np.float32)
-                histogram.add(*sort_by_class(scores, scores > rng.standard_normal(1 << 20, np.float32)))
+            for n in range(images):         # each image has other scores, still ascending
+                histogram.add(*(part * np.float32(1 + n / 100) for part in drawn))
             assert histogram.total.sum() == images << 20 and (histogram.table is None) == (images == 16)
             histogram.metrics()
             histogram.curve()

@@ -12,7 +12,7 @@ from torch import nn
 import common
 import mgu_generate
 from mgu_generate import choose, fold_batch_norm, mgu
-from runner import finish, run, start, wait_for
+from runner import NO_FIGURES, finish, run, start, wait_for
 
 N = 5
 SIZES = ((12, 16), (12, 16), (9, 11), (12, 16))   # of the images, in turn
@@ -372,9 +372,9 @@ def test_a_second_run_and_a_damaged_manifest(small, tmp_path):
     """Two runs with the same --out at once: the second is refused, the first is not disturbed."""
     command = ("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1)
     slow = "import common, time\nsave = common.save_npz\n" \
-           "common.save_npz = lambda p, a: ('image' in a and (open('begun', 'w'), time.sleep(2)), save(p, a))"
+           "common.save_npz = lambda p, a: ('image' in a and (open('begun', 'w'), time.sleep(0.5)), save(p, a))"
     (tmp_path / "second").mkdir()
-    first = start(*command, folder=tmp_path, before=slow)
+    first = start(*command, folder=tmp_path, before=NO_FIGURES + slow)
     assert wait_for((tmp_path / "begun").exists, first)
     second = run(*command, "--out", tmp_path / "auxiliary", "--restart", folder=tmp_path / "second")
     assert second.code == 1 and second.err.count("\n") == 1 and "another run" in second.err, second.err

@@ -1,5 +1,6 @@
 """The four scripts, run as a user runs them, on tiny toy scenes; numbers against scikit-learn, errors as one line."""
 import json
+import os
 import re
 import shutil
 
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
 import common
 from conftest import predict_every_class
-from runner import REPO, run, run_ok, run_ranks, start, wait_for
+from runner import NO_FIGURES, REPO, run, run_ok, run_ranks, start, wait_for
 
 SCRIPTS = ("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py")
 LABEL_OF_ID = {1: 0, 2: 1, 3: 2, 4: 255, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11: 9, 12: 10, 13: 11, 14: 254}
@@ -24,8 +26,10 @@ CAR, SIGN = 9, 11
 
 
 def python(*args, folder):
-    """A plain process: exit 0, and nothing at all on stderr."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, capture_output=True, text=True, timeout=300)
+    """A plain process without the script's folder on the path, whose output is to be ASCII: exit 0, nothing on stderr.
+    """
+    done = subprocess.run([sys.executable, "-P", *map(str, args)], cwd=folder, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and not done.stderr, f"{args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -102,10 +106,11 @@ def is_figure(path, least=10_000):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, small):
-    """The four commands in one folder, with their default file names, each in a plain Python process."""
+    """The four commands in one folder, with their default file names, each in a plain Python process; the first one with
+    loader processes, for which Python waits at its end."""
     folder = tmp_path_factory.mktemp("pipeline")
     said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96,
-                   "--lr", 1e-3, folder=folder)]
+                   "--lr", 1e-3, "--workers", 2, folder=folder)]
     predict_every_class(folder / "pretrained.pt")
     said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--step-size", 5, "--max-steps", 3, folder=folder))
     said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
@@ -187,7 +192,7 @@ def test_evaluate_agrees_with_sklearn(pipeline, small):
 
 def test_evaluate_leaves_out_pixels(pipeline, small, tmp_path):
     run_ok("evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--unlabeled", "ignore", "--ignore-classes", "car",
-           "--panels", 0, folder=tmp_path)
+           "--panels", 0, folder=tmp_path, before=NO_FIGURES)
     results = json.loads((tmp_path / "results/results.json").read_text())
     agrees(results, *reference([pipeline[0] / "ft.pt"], small / "toy", ignored=(0, 255, CAR)))
     differs(results, *reference([pipeline[0] / "ft.pt"], small / "toy", ignored=(0, 255)))
@@ -199,18 +204,19 @@ def test_evaluate_is_the_same_however_it_is_split(pipeline, tmp_path):
     args = ("--ckpt", pipeline[0] / "ft.pt", "--score", "msp", "energy", "dropout", "--panels", 0)
     found = []
     for size, threads in ((1, 1), (7, 3)):
-        run_ok("evaluate.py", *args, "--batch-size", size, "--workers", threads, "--out", f"b{size}", folder=tmp_path)
+        run_ok("evaluate.py", *args, "--batch-size", size, "--workers", threads, "--out", f"b{size}", folder=tmp_path,
+               before=NO_FIGURES)
         found.append((tmp_path / f"b{size}/results.json").read_bytes())
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           REPO / "evaluate.py", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run(torch.distributed.run.__file__, "--standalone", "--nproc-per-node", 2, REPO / "evaluate.py", *args,
+               folder=tmp_path)
+    assert done.code == 0, done.err
     assert found[0] == found[1] == (tmp_path / "results/results.json").read_bytes()
 
 
 def test_ensemble_is_the_mean_softmax(pipeline, small, tmp_path):
     folder, _ = pipeline
-    run_ok("evaluate.py", "--ckpt", folder / "ft.pt", folder / "pretrained.pt", "--panels", 0, folder=tmp_path)
+    run_ok("evaluate.py", "--ckpt", folder / "ft.pt", folder / "pretrained.pt", "--panels", 0, folder=tmp_path,
+           before=NO_FIGURES)
     mine = json.loads((tmp_path / "results/results.json").read_text())
     agrees(mine, *reference([folder / "ft.pt", folder / "pretrained.pt"], small / "toy"))
     assert mine["rows"][0]["model"] == "ft+pretrained"
@@ -239,8 +245,8 @@ def test_known_unknown(small, tmp_path):
     """The pilot study: D_s from two classes, which evaluate.py then leaves out by itself."""
     ckpt = small / "pretrained.pt"
     run_ok("finetune.py", "--ckpt", ckpt, "--known-unknown", "car", "traffic sign", "--epochs", 1, "--batch-size", 2,
-           folder=tmp_path)
-    run_ok("evaluate.py", "--panels", 0, folder=tmp_path)
+           folder=tmp_path, before=NO_FIGURES)
+    run_ok("evaluate.py", "--panels", 0, folder=tmp_path, before=NO_FIGURES)
     results = json.loads((tmp_path / "results/results.json").read_text())
     assert results["protocol"]["ignored_classes"] == ["car", "traffic sign"]
     agrees(results, *reference([tmp_path / "ft.pt"], small / "toy", ignored=(CAR, SIGN)))
@@ -251,8 +257,8 @@ def test_known_unknown(small, tmp_path):
 
 def test_pspnet(small, tmp_path):
     run_ok("pretrain.py", "--root", small / "toy", "--arch", "pspnet", "--epochs", 1, "--batch-size", 2,
-           "--crop", 32, 48, folder=tmp_path)
-    run_ok("mgu_generate.py", "--per-class", 1, "--max-steps", 1, folder=tmp_path)
+           "--crop", 32, 48, folder=tmp_path, before=NO_FIGURES)
+    run_ok("mgu_generate.py", "--per-class", 1, "--max-steps", 1, folder=tmp_path, before=NO_FIGURES)
     checkpoint = torch.load(tmp_path / "pretrained.pt", weights_only=True)
     assert checkpoint["arch"] == "pspnet" and any("branches" in k for k in checkpoint["model"])
     assert len(list((tmp_path / "auxiliary").glob("*.npz"))) >= 8
@@ -271,12 +277,12 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def aux(tmp_path_factory, small):
     folder = tmp_path_factory.mktemp("mgu")
-    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=folder)
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=folder, before=NO_FIGURES)
     return folder / "auxiliary"
 
 
 def test_mgu_is_the_same_for_two_processes(aux, small, tmp_path):
-    run_ranks("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path)
+    run_ranks("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path, before=NO_FIGURES)
     assert contents(tmp_path / "auxiliary") == contents(aux)
 
 
@@ -286,7 +292,7 @@ def test_mgu_killed_and_continued(aux, small, tmp_path):
     for more in (0, 2, 2, 4, 4):
         made = lambda: len(list((tmp_path / "auxiliary").glob("*.npz")))
         count = made() + more
-        p = start("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path)
+        p = start("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path, before=NO_FIGURES)
         if wait_for(lambda: made() >= count and (tmp_path / "auxiliary/manifest.json").exists(), p):
             p.join(rng.uniform(0, 0.15))
         kills += p.exitcode is None
@@ -295,7 +301,7 @@ def test_mgu_killed_and_continued(aux, small, tmp_path):
         whole = contents(tmp_path / "auxiliary")
         assert all(whole[n] == contents(aux)[n] for n in whole if n.endswith(".npz")), "a half-written sample"
     assert kills >= 4
-    done = run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path)
+    done = run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, folder=tmp_path, before=NO_FIGURES)
     assert "samples are there; making the rest" in done.out
     assert contents(tmp_path / "auxiliary") == contents(aux)
     assert not list((tmp_path / "auxiliary").glob(".*"))
@@ -310,7 +316,7 @@ def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
                  said, "--restart")
     assert contents(tmp_path / "auxiliary") == before
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU[:-2], "--max-steps", 1, "--restart",
-           folder=tmp_path)
+           folder=tmp_path, before=NO_FIGURES)
     assert max(len(np.load(p)["history"]) for p in (tmp_path / "auxiliary").glob("*.npz")) == 2
 
 

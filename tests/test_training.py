@@ -13,7 +13,7 @@ from torch import nn
 
 import common
 import pretrain
-from runner import lines, finish, run, run_ok, run_ranks, start, wait_for
+from runner import NO_FIGURES, lines, finish, run, run_ok, run_ranks, start, wait_for
 
 N = 4
 
@@ -345,7 +345,8 @@ def test_diverging_learning_rate(small, tmp_path):
 @pytest.fixture(scope="module")
 def aux(tmp_path_factory, small):
     folder = tmp_path_factory.mktemp("set")
-    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 4, folder=folder)
+    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 4, folder=folder,
+           before=NO_FIGURES)
     assert sum(np.load(p)["unknown"].sum() for p in (folder / "auxiliary").glob("*.npz")) > 50
     return folder / "auxiliary"
 
