@@ -295,7 +295,7 @@ def known_unknown_data(args, checkpoint, root):
 class Pasted(torch.utils.data.Dataset):
     """Training images with a foreign patch pasted in, which is D_s: item (epoch, i) → as AuxiliarySet's.
 
-    scenes: common.Scenes, whose item (epoch, i) it is pasted into. folder: of the patches. cut, sizes, pure, control:
+    scenes: TrainingScenes, whose item (epoch, i) it is pasted into. folder: of the patches. cut, sizes, pure, control:
     the flags. Every random number is a function of (seed, epoch, i); the controls draw the same shapes and places.
     Raises InputError for a folder without images.
     ASSUMPTION: pasted after the augmentation, with hard edges, as DenseHybrid does; where a patch has a mask, it cuts
@@ -321,7 +321,7 @@ class Pasted(torch.utils.data.Dataset):
     def identity(self):
         """What the result depends on: names and sizes of the files, and the training images."""
         files = [f"{path.name} {path.stat().st_size}" for pair in self.patches for path in pair if path]
-        return f"{len(self.patches)} patches, {common.digest(chr(10).join(files))[:16]}; {self.scenes.identity()}"
+        return f"{len(self.patches)} patches, {common.digest(chr(10).join(files))}; {self.scenes.identity()}"
 
     def __getitem__(self, key):
         epoch, i = key
@@ -414,11 +414,13 @@ def cover(image, mask, shape, rng):
 
 
 def training_scenes(args, checkpoint, root):
-    """The training split as pretraining sees it: its crop and scale, where the checkpoint knows them."""
+    """The training split as pretraining saw it: its crop and scale; whole images where the checkpoint has no crop."""
     settings = checkpoint["settings"]
     with common.first_rank_first():
-        return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], settings.get("crop"),
-                             settings.get("scale", (1, 1)), args.seed)
+        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], settings.get("crop"),
+                                       settings.get("scale", (1, 1)), args.seed)
+    data.crop = data.crop or data.decode(0)[1].shape
+    return data
 
 
 def pasted_data(args, checkpoint, root):

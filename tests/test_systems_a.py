@@ -154,7 +154,7 @@ def test_scores_neither_tie_nor_overflow():
 # ──────────────────────────────────────────── pasted negatives ────────────────────────────────────────────
 
 class Streets(torch.utils.data.Dataset):
-    """Six random images whose colours are below 100, as a stand-in for augmented common.Scenes."""
+    """Six random images whose colours are below 100, as a stand-in for TrainingScenes."""
 
     def __len__(self):
         return 6
@@ -212,9 +212,9 @@ def test_paste_changes_the_patch_and_nothing_else(patches, cut, sizes):
 def test_patch_is_the_resized_image(patches):
     """Inside: what Pillow makes of the whole image at that size, mirrored or not. The area: as drawn."""
     photo = Image.open(patches / "photo.png")
-    areas = []
-    for i in range(6):
-        item = pasted(patches / "photo", "area", (0.02, 0.3))[0, i]
+    areas, mirrored = [], []
+    for i in range(12):
+        item = pasted(patches / "photo", "area", (0.02, 0.3))[i // 6, i % 6]
         rows, columns = torch.where(item["unknown"].any(1))[0], torch.where(item["unknown"].any(0))[0]
         h, w = len(rows), len(columns)
         assert item["unknown"].sum() == h * w                              # a rectangle
@@ -222,9 +222,11 @@ def test_patch_is_the_resized_image(patches):
         want = [np.asarray(image.resize((w, h), Image.BILINEAR)) for image in
                 (photo, photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]
         assert any(np.array_equal(found, image) for image in want)
+        mirrored.append(np.array_equal(found, want[1]))
         assert abs(h / w - 60 / 50) < 1.5 / w + 1.5 / h
         areas.append(h * w / (H * W))
     assert 0.02 * 0.75**2 * 0.8 < min(areas) and max(areas) < 0.3 * 1.5**2 * 1.1 and np.ptp(areas) > 0.02
+    assert 0 < sum(mirrored) < 12
 
 
 class Drawn:
@@ -288,6 +290,8 @@ def test_items_are_functions_of_seed_epoch_and_index(patches):
     changed = [(e, i, image.numpy().tobytes()) for batches in (one, load(0, 4))
                for e, b in enumerate(batches) for i, image in enumerate(b["image"])]
     assert len(set(changed)) == 24
+    again = [torch.equal(a, b) for a, b in zip(one[0]["unknown"], one[1]["unknown"])]
+    assert sum(again) <= 1, "the same places in another epoch"
 
 
 def test_pure_negatives(patches):
@@ -318,6 +322,7 @@ def test_paste_controls(patches):
         assert torch.equal(inlier["unknown"], D_s) and torch.equal(decoy["unknown"], D_s)
         assert torch.equal(inlier["label"], none["label"]) and (inlier["image"] < 100).all()
         assert torch.equal(inlier["image"][:, ~D_s], none["image"][:, ~D_s])
+        assert torch.equal(pasted(patches, sizes=(0.3, 0.5), control="inlier", pure=1.0)[2, i]["image"], inlier["image"])
         assert (inlier["image"] != Streets()[2, i]["image"])[:, D_s].float().mean() > 0.9
         assert torch.equal(decoy["image"][:, D_s], none["image"][:, D_s])
         changed = (decoy["image"] != none["image"]).any(0)
@@ -476,13 +481,15 @@ def test_objective_with_samples():
     args, f = flow_args(), Net()
     f.flow = some_flow(spread=0.02).float()
     batch, counts = placed(args)
-    got = finetune.eq5_with_samples(args, f.flow, f.outputs, batch, counts)
+    seen = []
+    got = finetune.eq5_with_samples(args, f.flow, lambda X: seen.append(X.detach()) or f.outputs(X), batch, counts)
     bits, X = 0, batch["image"].float() / 255
     sample = f.flow.sample(batch["z"]).detach()
     for k, (y, x) in enumerate(batch["corner"].tolist()):
         at = np.s_[k, :, y:y + sample.shape[2], x:x + sample.shape[3]]
         bits += f.flow.bits(X[at][None].clone(), batch["u"][k:k + 1]).item()
         X[at] = sample[k]
+    assert torch.equal(seen[0], X)
     want = bits / counts[2] + common.objective(f(X), batch["label"], batch["unknown"], 0.5, "kl").item()
     assert got.item() == pytest.approx(want, rel=1e-5)
     # The flow alone
