@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it
 import common
 
 EXTRA_SCORES = ("dropout", "crf")
+OUTLIER_SCORES = ("outlier", "outlier_msp", "hybrid")   # of a model with an outlier head: finetune.py --gamma
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -78,9 +79,9 @@ def parse():
     g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes "
                    "(default: those of finetune.py --known-unknown, Sec. IV-C)")
     g = p.add_argument_group("scores")
-    g.add_argument("--score", nargs="+", choices=(*SCORES, *EXTRA_SCORES), default=["msp"],
-                   help="one or several: msp is the paper's (Eq. 2); dropout and crf are baselines of Table II "
-                   "(default: msp)")
+    g.add_argument("--score", nargs="+", choices=(*SCORES, *EXTRA_SCORES, *OUTLIER_SCORES), default=["msp"],
+                   help="one or several: msp is the paper's (Eq. 2); dropout and crf are baselines of Table II, "
+                   "outlier, outlier_msp and hybrid of a model with an outlier head (default: msp)")
     g.add_argument("--passes", type=common.whole(2), default=10, help="forward passes of --score dropout (ours: 10)")
     g.add_argument("--crf-iterations", type=common.whole(), default=10,
                    help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
@@ -133,6 +134,20 @@ def score_energy(logits):
 
 
 SCORES = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
+
+
+def outlier_score(X, seen, index, name):
+    """Scores of the outlier logit d: P(outlier) = σ(d), of an ensemble the mean. Each from logarithms, never from a
+    probability: that is 0 or 1 in float32 where d is beyond ±104 or 17, and ties.
+
+    outlier      log σ(d) (noisy negatives, Bevandić et al., GCPR 2019)
+    outlier_msp  log(1 − P(inlier) · max_i S_i) = log(σ(d) + σ(−d) (1 − max_i S_i))
+    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022)"""
+    d = torch.stack([o["outlier"].float() for o in seen["each"]])                 # (models, B, H, W)
+    log_outlier, log_inlier = (nn.functional.logsigmoid(v).logsumexp(0) - math.log(len(d)) for v in (d, -d))
+    if name == "outlier_msp":
+        return torch.logaddexp(log_outlier, log_inlier + score_msp(seen["mixture"]))
+    return log_outlier + score_energy(seen["logits"]) if name == "hybrid" else log_outlier
 
 
 def mean_softmax(logits):
@@ -215,6 +230,11 @@ def prepare_scores(fs, names, args, device):
             made[name] = dropout
         elif name == "crf":
             made[name] = crf
+        elif name in OUTLIER_SCORES:
+            if any(f.outlier is None for f in fs):
+                raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
+                                        "finetune.py --gamma, or of a --method with one")
+            made[name] = functools.partial(outlier_score, name=name)
         else:
             made[name] = functools.partial(of_mixture if name in ("msp", "entropy") else of_logits, score=SCORES[name])
     return made

@@ -19,14 +19,25 @@ Controls, which the paper lacks: what does the direction of MGU add, and what it
     --alpha 0          L_k alone, on the auxiliary images
 noise and sign are scaled so that their RMS over D_s is that of X' − X after clipping to 0..255 and rounding.
 
+Related systems are other sources of D_s, other losses on it, other heads of f (METHODS in common.py); each flag stands
+for itself too, so that any source goes with any loss:
+    python finetune.py --method densehybrid --patches photographs     # evaluate.py --score hybrid
+    python finetune.py --method densehybrid --negatives mgu           # the same losses on MGU's D_s
+    python finetune.py --method noisy --patches photographs           # --score outlier outlier_msp
+    python finetune.py --method rnvp                                  # samples of a flow; --score msp entropy
+Their controls: --paste-control off | inlier | decoy, and --flow-border no.
+
 The training loop is pretrain.py's. A run that was stopped or killed continues when the same command is given again.
 """
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
@@ -52,18 +63,69 @@ def parse():
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS",
                    help="no auxiliary set: D_s is the pixels of these classes in the training images, and the other "
                         "pixels are D_k (Sec. IV-C)")
+    g = p.add_argument_group("related systems: other sources of D_s")
+    g.add_argument("--method", choices=tuple(common.METHODS), default="mgu",
+                   help="fills defaults with what a related system has published (default: mgu, the paper's)")
+    g.add_argument("--negatives", choices=("mgu", "paste", "flow"),
+                   help="D_s from the auxiliary set, from patches pasted into the training images, or from samples of "
+                        "a flow trained jointly, pasted likewise (ours: mgu)")
+    g.add_argument("--patches", metavar="FOLDER", help="paste: images of anything but the known classes; an alpha "
+                   "channel or NAME_mask.png (above 0) cuts out (default: none, paste needs one)")
+    g.add_argument("--cut", choices=("side", "area"), help="paste: a patch is a rectangle whose sides are drawn each "
+                   "by itself, or all of the image or mask, of a drawn area (ours: side)")
+    g.add_argument("--paste-range", type=common.real(0, above=True), nargs=2, metavar=("LOW", "HIGH"),
+                   help="paste, flow: sides as shares of the image's shorter side, or the area of the image's (ours: "
+                        "0.02 0.49)")
+    g.add_argument("--pure", type=common.real(0), help="paste: share of the images that are replaced by a patch's own, "
+                   "all of which is D_s, or what the mask says (ours: 0)")
+    g.add_argument("--paste-control", choices=("none", "off", "inlier", "decoy"),
+                   help="controls. off: the same paste without D_s; inlier: D_s is a piece of another training image, "
+                        "of the same shape; decoy: such a piece beside the patch, with its labels in D_k (ours: none)")
+    g.add_argument("--flow-lr", type=common.real(0, above=True), help="learning rate of the flow (ours: 1e-3)")
+    g.add_argument("--flow-steps", type=common.whole(0), help="steps, in whole epochs, that train the flow alone "
+                   "before --epochs (ours: 300)")
+    g.add_argument("--flow-border", choices=("yes", "no"), help="whether the loss reaches the flow through its "
+                   "samples; no: the flow learns from the likelihood alone (ours: yes)")
     g = p.add_argument_group("objective (Eq. 5)")
-    g.add_argument("--loss", choices=("er", "kl"),
+    g.add_argument("--loss", choices=common.LOSSES,
                    help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
-                        "kl)")
+                        "kl); js, energy: of the related systems")
     g.add_argument("--alpha", type=common.real(0),
                    help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3)")
+    g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
+                   "tells D_s from D_k; 0: no such head (ours: 0)")
     pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)", micro_batch=16)
     args = p.parse_args()
-    # The pilot study has neither X' nor I_ỹ: what is said about them would be silently without effect
-    if args.known_unknown and (args.images or args.mix or args.unknown):
-        p.error("argument --known-unknown: takes no auxiliary set: leave out --images, --mix and --unknown")
+    # The pilot study has neither X' nor I_ỹ, a flow no patches: what is said about them would be without effect
+    chosen = source(args)
+    for flag in other_flags(args):
+        if getattr(args, flag) is not None:
+            p.error(f"argument --{flag.replace('_', '-')}: has no effect where D_s comes from {chosen}: leave it out")
+    if chosen == "paste" and not args.patches:
+        p.error("argument --patches: D_s comes from paste: expected a folder of images")
+    if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
+        p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
     return args
+
+
+SOURCES = {   # where D_s comes from: the flags that it alone reads
+    "mgu": ("unknown", "images", "mix"),
+    "known-unknown": (),
+    "paste": ("patches", "cut", "paste_range", "pure", "paste_control"),
+    "flow": ("paste_range", "flow_lr", "flow_steps", "flow_border"),
+}
+
+
+def source(args):
+    """One of SOURCES: --known-unknown or --negatives, else the method's, else mgu."""
+    method = common.METHODS[args.method].get("negatives", "mgu")
+    return "known-unknown" if args.known_unknown else args.negatives or method
+
+
+def other_flags(args):
+    """The flags of the other sources, which nothing in this run reads, in their order."""
+    mine = SOURCES[source(args)] + (() if args.known_unknown else ("negatives",))
+    return [flag for flags in (("negatives",), *SOURCES.values()) for flag in flags if flag not in mine]
 
 
 # ─────────────────────────────────────────── where D_s comes from ───────────────────────────────────────────
@@ -228,24 +290,249 @@ def known_unknown_data(args, checkpoint, root):
     return data, dict(aux=data.identity(), train=None)
 
 
+# ────────────────────────────────── D_s from elsewhere: pasted patches ──────────────────────────────────
+
+class Pasted(torch.utils.data.Dataset):
+    """Training images with a foreign patch pasted in, which is D_s: item (epoch, i) → as AuxiliarySet's.
+
+    scenes: TrainingScenes, whose item (epoch, i) it is pasted into. folder: of the patches. cut, sizes, pure, control:
+    the flags. Every random number is a function of (seed, epoch, i); the controls draw the same shapes and places.
+    Raises InputError for a folder without images.
+    ASSUMPTION: pasted after the augmentation, with hard edges, as DenseHybrid does; where a patch has a mask, it cuts
+    (published: a rectangle half of the time); noisy negatives are jittered and mirrored as their image would be."""
+
+    def __init__(self, scenes, folder, seed, cut, sizes, pure=0.0, control="none"):
+        self.scenes, self.seed, self.cut, self.sizes, self.pure, self.control = scenes, seed, cut, sizes, pure, control
+        try:
+            masks = common.files_by_name(folder, common.LABELS, "_mask")
+            found = common.files_by_name(folder, common.IMAGES, "")
+        except OSError as e:
+            raise common.InputError(f"{folder}: {e.strerror}; expected a folder of images (--patches)")
+        self.patches = sorted((path, masks.get(name)) for name, path in found.items() if not name.endswith("_mask"))
+        if not self.patches:
+            raise common.InputError(f"{folder}: no image; expected some of {', '.join(common.IMAGES)} (--patches)")
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def name(self, i):
+        return self.scenes.name(i)
+
+    def identity(self):
+        """What the result depends on: names and sizes of the files, and the training images."""
+        files = [f"{path.name} {path.stat().st_size}" for pair in self.patches for path in pair if path]
+        return f"{len(self.patches)} patches, {common.digest(chr(10).join(files))}; {self.scenes.identity()}"
+
+    def __getitem__(self, key):
+        epoch, i = key
+        rng = np.random.default_rng([self.seed, epoch, i, 1])    # the augmentation has (seed, epoch, i)
+        item = self.scenes[epoch, i]
+        image, Z = item["image"].permute(1, 2, 0).numpy().copy(), item["label"].numpy().copy()
+        D_s = np.zeros(Z.shape, bool)
+        alone = rng.random() < self.pure and self.control != "inlier"
+        whole, mask = read_patch(*self.patches[rng.integers(len(self.patches))])
+        if alone:                                                # a negative that no street surrounds
+            image, D_s = cover(whole, mask, Z.shape, rng)
+            Z[:] = common.IGNORED
+        else:
+            patch, mask = cut_patch(whole, mask, self.cut, self.sizes, Z.shape, rng)
+            at, at_2, window = (place(mask.shape, Z.shape, rng) for _ in range(3))
+            if self.control in ("inlier", "decoy"):              # a piece of another training image
+                other = self.scenes[epoch, (i + int(rng.integers(1, len(self)))) % len(self)]
+                piece, ids = other["image"].permute(1, 2, 0).numpy()[window], other["label"].numpy()[window]
+            if self.control == "inlier":
+                patch = piece
+            elif self.control == "decoy":                        # known, and with the same edges
+                image[at_2][mask], Z[at_2][mask] = piece[mask], ids[mask]
+            image[at][mask], Z[at][mask], D_s[at][mask] = patch[mask], common.IGNORED, True
+        if self.control == "off":
+            D_s[:] = False
+        return dict(image=torch.from_numpy(image).permute(2, 0, 1), label=torch.from_numpy(Z),
+                    unknown=torch.from_numpy(D_s), index=i)
+
+
+def read_patch(path, mask_path):
+    """(image uint8 (h, w, 3), bool (h, w): what of it is the patch), cut to the box of the mask; without one: all."""
+    image = common.read_image(path)
+    mask = np.ones(image.shape[:2], bool)
+    if mask_path:
+        mask = common.read_image(mask_path).any(2)
+    else:
+        with Image.open(path) as opened:
+            if "A" in opened.getbands():
+                mask = np.asarray(opened.getchannel("A")) >= 128
+    if mask.shape != image.shape[:2] or not mask.any():
+        raise common.InputError(f"{mask_path or path}: its mask is empty or of another size than its image; expected "
+                                "one that cuts something out")
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return image[box], mask[box]
+
+
+def resized(image, mask, h, w):
+    """Image (bilinear) and mask (nearest) at h×w."""
+    size = max(1, round(w)), max(1, round(h))
+    return (np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR)),
+            np.asarray(Image.fromarray(mask).resize(size, Image.NEAREST)))
+
+
+def place(part, whole, rng):
+    """A random window of size `part` (h, w) inside `whole` (H, W), as slices."""
+    return tuple(slice(at, at + p) for at, p in ((int(rng.integers(0, f - p + 1)), p) for p, f in zip(part, whole)))
+
+
+def cut_patch(image, mask, cut, sizes, shape, rng):
+    """(uint8 (h, w, 3), bool (h, w)), the patch to paste into an image of `shape` (H, W), which it does not exceed.
+
+    cut "side": h and w each from `sizes`, shares of the shorter side, cut out of the image at a scale at which its own
+    shorter side is the largest of them; with a mask, its longer side. "area": all of it, of an area from `sizes`."""
+    (h, w), short = mask.shape, min(shape)
+    low, high = sizes
+    if cut == "side" and mask.all():
+        image, mask = resized(image, mask, *(s * high * short / min(h, w) for s in (h, w)))
+        window = [min(max(1, round(s * short)), full) for s, full in zip(rng.uniform(low, high, 2), mask.shape)]
+        at = place(window, mask.shape, rng)
+        return image[at], mask[at]
+    if cut == "side":
+        scale = rng.uniform(low, high) * short / max(h, w)
+    else:
+        jitter = rng.uniform(0.75, 1.5) if rng.random() < 0.7 else 1.0       # of noisy negatives' code
+        scale = jitter * np.sqrt(rng.uniform(low, high) * shape[0] * shape[1] / (h * w))
+        if rng.random() < 0.5:
+            image, mask = image[:, ::-1], mask[:, ::-1]
+    scale = min(scale, shape[0] / h, shape[1] / w)
+    return resized(image, mask, scale * h, scale * w)
+
+
+def cover(image, mask, shape, rng):
+    """A random window of `shape` of the image and mask, scaled so that they fill it, or up to 1.5 times as large."""
+    scale = max(full / s for full, s in zip(shape, mask.shape)) * rng.uniform(1, 1.5)
+    h, w = (max(full, scale * s) for full, s in zip(shape, mask.shape))
+    image, mask = resized(image, mask, h, w)
+    at = place(shape, mask.shape, rng)
+    return image[at].copy(), mask[at].copy()
+
+
+def training_scenes(args, checkpoint, root):
+    """The training split as pretraining saw it: its crop and scale; whole images where the checkpoint has no crop."""
+    settings = checkpoint["settings"]
+    with common.first_rank_first():
+        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], settings.get("crop"),
+                                       settings.get("scale", (1, 1)), args.seed)
+    data.crop = data.crop or data.decode(0)[1].shape
+    return data
+
+
+def pasted_data(args, checkpoint, root):
+    """(Pasted, what it was made from)."""
+    data = Pasted(training_scenes(args, checkpoint, root), args.patches, args.seed, args.cut, args.paste_range,
+                  args.pure, args.paste_control)
+    common.say(f"{len(data)} images, D_s = patches of {len(data.patches)} images in {args.patches}")
+    return data, dict(aux=data.identity(), train=None)
+
+
+# ───────────────────────────── D_s from elsewhere: samples of a flow, trained jointly ─────────────────────────────
+# Real NVP outliers (Grcić et al., VISAPP 2021): minimise over f and the flow together
+#     Eq. 5, whose D_s is a sample of the flow pasted into X,  +  −log₂ p of the crop that it replaced, bits a value.
+# The loss on D_s reaches the flow through the sample and draws it to where f is unsure; the likelihood holds it at the
+# data: the samples come to lie at the border (Lee et al., ICLR 2018).
+
+def flow_data(args, checkpoint, root):
+    """(the training images, what they are). Makes of --flow-steps whole epochs and adds them to args.epochs."""
+    data = training_scenes(args, checkpoint, root)
+    n_steps = len(data) // min(args.batch_size, len(data))
+    first = -(-args.flow_steps // n_steps)
+    args.flow_steps, args.epochs = first * n_steps, first + args.epochs
+    common.say(f"{len(data)} images, D_s = samples of a flow, trained alone for the first {args.flow_steps} steps")
+    return data, dict(aux=None, train=data.identity())
+
+
+def choose_places(args, batch, run):
+    """[|D_k|, |D_s|, values of all samples] of this rank's share. Chooses one size for the batch and a place in each
+    image, takes these pixels out of D_k and into D_s; adds `corner` (n, 2), noise `z`, `u` (n, 3, h, w) to the batch.
+
+    Functions of (seed, step) and (seed, step, image): no part, rank or interruption changes them. While the flow is
+    trained alone nothing is pasted: |D_s| = 0. ASSUMPTION: multiples of 8 pixels, as in the authors' later code."""
+    n, H, W = batch["label"].shape
+    unknown = batch["unknown"] = torch.zeros(n, H, W, dtype=torch.bool)
+    shares = np.random.default_rng([args.seed, run.t, 0, 1]).uniform(*args.paste_range, 2)
+    h, w = (8 * min(max(1, round(s * min(H, W) / 8)), full // 8) for s, full in zip(shares, (H, W)))
+    rngs = [np.random.default_rng([args.seed, run.t, i, 2]) for i in batch["index"].tolist()]
+    places = [place((h, w), (H, W), rng) for rng in rngs]
+    batch["corner"] = torch.tensor([[at.start for at in window] for window in places])
+    batch["z"] = torch.stack([torch.from_numpy(rng.standard_normal((3, h, w), np.float32)) for rng in rngs])
+    batch["u"] = torch.stack([torch.from_numpy(rng.random((3, h, w), np.float32)) for rng in rngs])
+    if run.t >= args.flow_steps:
+        for k, at in enumerate(places):
+            batch["label"][k][at], unknown[k][at] = common.IGNORED, True
+    return [*pretrain.count_pixels(batch, run), batch["z"].numel()]
+
+
+def eq5_with_samples(args, flow, net, part, counts):
+    """−log₂ p of the crops, bits a value, + Eq. 5 with samples in their places; the first alone where |D_s| = 0."""
+    *counts, values = counts
+    X = common.to_input(part["image"])                                             # (b, 3, H, W)
+    h, w = part["z"].shape[-2:]
+    corner = part["corner"][..., None, None]                                       # (b, 2, 1, 1)
+    rows = corner[:, 0] + torch.arange(h, device=X.device)[:, None]                # (b, h, 1)
+    columns = corner[:, 1] + torch.arange(w, device=X.device)                      # (b, 1, w)
+    window = torch.arange(len(X), device=X.device)[:, None, None], slice(None), rows, columns
+    crops = X[window].permute(0, 3, 1, 2)                                          # a copy, (b, 3, h, w)
+    value = flow.bits(crops, part["u"]).sum() / values
+    if counts[1] == 0:
+        return value
+    sample = flow.sample(part["z"])
+    if args.flow_border == "no":
+        sample = sample.detach()
+    X[window] = sample.permute(0, 2, 3, 1)
+    return value + pretrain.eq5(args, net, part, counts, X)
+
+
+# ────────────────────────────────────────────────── stage 3 ──────────────────────────────────────────────────
+
+HEAD_FACTOR = 10   # ASSUMPTION: the new outlier head learns ten times as fast as f, DeepLab's custom for a new layer
+
+
+def add_heads(f, args):
+    """Give f what it lacks for this run: an outlier head where γ > 0, a flow. Returns the optimiser's groups."""
+    torch.manual_seed(args.seed % 2**63)
+    factors = {}                                                 # module: its learning rate, in those of f
+    if args.gamma:
+        f.outlier = f.outlier or nn.Conv2d(f.classifier.in_channels, 1, 1)
+        factors[f.outlier] = HEAD_FACTOR
+    if source(args) == "flow":
+        f.flow = f.flow or common.RealNVP()
+        factors[f.flow] = args.flow_lr / args.lr
+    special = {p for module in factors for p in module.parameters()}
+    groups = [dict(params=[p for p in f.parameters() if p not in special])]
+    return groups + [dict(params=list(module.parameters()), factor=factor) for module, factor in factors.items()]
+
+
 def main():
     args = parse()
     device = common.setup(args.device, tf32=True)
     f, checkpoint = common.load_checkpoint(args.ckpt)
-    common.say(common.resolve(args, "finetune", checkpoint["data"], f.arch))
+    common.say(common.resolve(args, "finetune", checkpoint["data"], f.arch, without=other_flags(args)))
     root = common.data_root(args.root, checkpoint)               # X and the training split are read there
-    data, identity = (known_unknown_data if args.known_unknown else auxiliary_data)(args, checkpoint, root)
+    make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
+    data, identity = make[source(args)](args, checkpoint, root)
+    groups = add_heads(f, args)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
 
     # What decides the result, and so what a continued run must share with the first
     names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
-             "bn", "seed")
-    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity)
+             "bn", "seed", "cut", "paste_range", "pure", "paste_control", "flow_lr", "flow_steps", "flow_border")
+    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity,
+                    gamma=args.gamma or None)                    # None, as in files that are older than the flag
     facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
                  root=root, known_unknown=args.known_unknown)
     # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
-    pretrain.train(f, data, args, device, settings, facts)
+    with_flow = {}
+    if source(args) == "flow":
+        with_flow = dict(count=functools.partial(choose_places, args),
+                         objective=functools.partial(eq5_with_samples, args, f.flow))
+    pretrain.train(f, data, args, device, settings, facts, groups=groups, **with_flow)
 
 
 if __name__ == "__main__":

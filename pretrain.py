@@ -105,7 +105,8 @@ def training_flags(parser, epochs_help, micro_batch=32):
 
 # ──────────────────────────────────────────── the training loop ────────────────────────────────────────────
 
-def train(f, data, args, device, settings, facts, validate=None, val_every=1, count=None, objective=None):
+def train(f, data, args, device, settings, facts, validate=None, val_every=1, count=None, objective=None,
+          groups=None):
     """Minimise Eq. 5 over `data` with Adam; writes args.out (and .jsonl, .png beside it) and returns nothing.
 
     f         Segmenter on `device`
@@ -119,6 +120,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
               |D_s|)
     objective (net, part, counts) → scalar, for a part of the batch on the device; X → net(X) is f.outputs under
               autocast. The sum over all parts and ranks is what is minimised (default: Eq. 5 by args.alpha, args.loss)
+    groups    the optimiser's parameter groups; "factor" multiplies the learning rate (default: all of f in one)
 
     The gradient is that of the whole global batch: each part divides its loss sums by the pixel counts of the
     batch (Eq. 5 is an expectation over pixels), and parts and ranks are summed by one all-reduce. Every random
@@ -128,7 +130,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
     """
     count = count or count_pixels
     objective = objective or functools.partial(eq5, args)
-    run = Run(f, data, args, device)
+    run = Run(f, data, args, device, groups)
     with common.locked(run.out), contextlib.closing(batches(data, args, run, device)) as loader:
         if not resume(run, settings):
             return
@@ -185,7 +187,7 @@ class Run:
     pending   (t, loss on the device, indices) of the steps whose loss nobody has looked at yet
     """
 
-    def __init__(self, f, data, args, device):
+    def __init__(self, f, data, args, device, groups=None):
         self.f, self.data, self.epochs = f, data, args.epochs
         self.batch_size = min(args.batch_size, len(data))
         if self.batch_size < 2 * common.world():
@@ -199,7 +201,7 @@ class Run:
         self.log_path = beside(self.out, ".jsonl")
         self.restart, self.device, self.cuda = args.restart, device, device.type == "cuda"
         # ASSUMPTION: a new optimiser in fine-tuning
-        self.optimiser = torch.optim.Adam(f.parameters(), lr=args.lr, fused=True)
+        self.optimiser = torch.optim.Adam(groups or f.parameters(), lr=args.lr, fused=True)
         self.micro = args.micro_batch or (args.cuda_micro_batch if self.cuda else 16)
         self.interval = 20 if self.cuda else 1       # steps between looks at the loss, so that the host never waits
         self.pending, self.labelled, self.told, self.validation_due = [], 0, False, False
@@ -364,10 +366,12 @@ def count_over_ranks(count, batch, run):
     return counts, stopped
 
 
-def eq5(args, net, part, counts):
-    """Eq. 5 of a part of the batch: Σ L_k / |D_k| + α · Σ (L_KL or L_ER) / |D_s|, with the counts of the whole."""
-    logits = net(common.to_input(part["image"]))["logits"]                       # (b, N, H, W)
-    return common.objective(logits, part["label"], part["unknown"], args.alpha, args.loss, *counts)
+def eq5(args, net, part, counts, X=None):
+    """Eq. 5 of a part of the batch: Σ L_k / |D_k| + α · Σ (L_KL or L_ER) / |D_s|, with the counts of the whole; of X
+    where that is given, in place of the part's image."""
+    found = net(common.to_input(part["image"]) if X is None else X)              # logits (b, N, H, W)
+    return common.objective(found["logits"], part["label"], part["unknown"], args.alpha, args.loss, *counts,
+                            outlier=found.get("outlier"), gamma=getattr(args, "gamma", 0))   # γ: in fine-tuning alone
 
 
 def gradient(net, batch, objective, counts, args, run, device):
