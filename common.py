@@ -88,13 +88,13 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
                          lr=1e-3, crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
-        "distill": dict(epochs=40, batch_size=8, lr=1e-3, schedule="poly")},
+        "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
     "toy": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
                          lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly"),
         "mgu": dict(per_class=10, step_size=10.0, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
-        "distill": dict(epochs=40, batch_size=8, lr=2e-3, schedule="poly")},
+        "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
 }
 
 

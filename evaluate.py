@@ -438,7 +438,6 @@ def tradi_samples(path, checkpoint, args, device):
 def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
     """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images."""
     norms = [m for f in fs for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.train()
@@ -447,9 +446,8 @@ def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
         X = common.to_input(torch.stack([scenes[int(i)]["image"] for i in part]), device)
         for f in fs:
             f(X)
-    for m, momentum in zip(norms, momenta):
+    for m in norms:
         m.eval()
-        m.momentum = momentum
 
 
 def systems_protocol(args):
