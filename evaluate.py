@@ -273,11 +273,11 @@ def full_size(maps, X):
     return torch.stack([common.upsample(m[:, None], X.shape[-2:])[:, 0] for m in maps]).mean(0)
 
 
-def training_scenes(f, train_root, **how):
-    """The training split of the data that f was trained on, as common.Scenes."""
+def training_scenes(f, train_root):
+    """The training split of the data that f was trained on, whole images."""
     _, checkpoint = f.origin
     root = common.data_root(train_root, checkpoint, "--train-root")
-    return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], **how)
+    return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
 
 
 def make_cosine(fs, args, device):
@@ -426,9 +426,7 @@ def tradi_samples(path, checkpoint, args, device):
         fs.append(f.to(device, memory_format=torch.channels_last).requires_grad_(False).eval())
     common.say(f"{path}: {args.tradi} samples of the weights; the tracked mean holds up to "
                f"{100 * tracked['first']:.0f} % of their first values")
-    # Crops and scales as in training: the statistics are then of the images that the weights were trained with
-    crop, scale = (checkpoint["settings"][k] for k in ("crop", "scale"))
-    scenes = training_scenes(fs[0], args.train_root, crop=crop, scale=scale, seed=args.seed)
+    scenes = training_scenes(fs[0], args.train_root)
     chosen = np.random.default_rng(args.seed).permutation(len(scenes))[:args.bn_images]
     estimate_batch_norm(fs, scenes, chosen, device)
     return fs
@@ -436,14 +434,18 @@ def tradi_samples(path, checkpoint, args, device):
 
 @torch.no_grad()
 def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
-    """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images."""
+    """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images.
+
+    ASSUMPTION: whole images, as f sees them in the test; of a batch of several sizes, what the smallest covers."""
     norms = [m for f in fs for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in norms:
         m.reset_running_stats()
         m.train()
         m.momentum = None                                               # the cumulative average
     for part in common.progress(np.array_split(chosen, -(-len(chosen) // batch)), "batch norm", leave=False):
-        X = common.to_input(torch.stack([scenes[int(i)]["image"] for i in part]), device)
+        images = [scenes[int(i)]["image"] for i in part]
+        h, w = (min(image.shape[axis] for image in images) for axis in (1, 2))
+        X = common.to_input(torch.stack([image[:, :h, :w] for image in images]), device)
         for f in fs:
             f(X)
     for m in norms:

@@ -246,11 +246,11 @@ def known_unknown_data(args, checkpoint, root):
 
 # ──────────────────────── related systems that train something else than f with Eq. 5 ────────────────────────
 
-def chosen_scenes(K, checkpoint, root, seed):
-    """The training images, as common.Scenes, that are among the K with the most pixels of a class, at full size.
+def chosen_scenes(K, checkpoint, root):
+    """The training images that are among the K with the most pixels of a class, at full size, without D_s.
 
     Raises InputError for a class that no image has."""
-    scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=seed)
+    scenes = KnownUnknown(checkpoint["data"], root, checkpoint["anomaly"], unknown=[])
     labels = [label for _, label in scenes.pairs]
     counts = common.id_histograms(labels)                                                 # (images, 256)
     common.check_ids(scenes.data, scenes.lut, counts, labels)
@@ -293,9 +293,9 @@ def train_prototypes(args, f, checkpoint, root, device):
     prototype starts as the masked mean of the embedding; then L_k of 10 · cosine on the same images, everything but the
     prototypes frozen; one level of features for the "hierarchical" ones."""
     with common.first_rank_first():
-        scenes = chosen_scenes(args.prototypes, checkpoint, root, args.seed)
+        scenes = chosen_scenes(args.prototypes, checkpoint, root)
     f = f.to(device)
-    weight = class_prototypes(f, (scenes[i] for i in range(len(scenes))), device)
+    weight = class_prototypes(f, (scenes[0, i] for i in range(len(scenes))), device)
     common.say(f"{len(scenes)} images with {args.prototypes} of each of {len(scenes.classes)} classes")
     g = common.Segmenter(f.arch, f.backbone_name, f.num_classes, f.width, "cosine")
     g.load_state_dict({k: v for k, v in f.state_dict().items() if not k.startswith(("classifier.", "outlier."))},
@@ -317,13 +317,16 @@ def distill(args, f, checkpoint, root, device):
     minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
     ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
     map of the student that is coarser than f's is upsampled bilinearly."""
-    crop, scale = (checkpoint["settings"].get(k, d) for k, d in (("crop", None), ("scale", (1, 1))))
+    # Those of pretraining; a fine-tuned f does not tell them, and has the defaults of its data
+    usual = {**common.OURS["pretrain"], **common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})}
+    crop, scale, weights = (checkpoint["settings"].get(k, usual[k]) for k in ("crop", "scale", "weights"))
     with common.first_rank_first():
-        scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], crop, scale, args.seed)
+        scenes = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], crop, scale,
+                                         args.seed)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     student = common.bare(common.Segmenter(f.arch, args.student_backbone, f.num_classes, f.width))
-    pretrain.load_backbone(student, "none" if checkpoint["settings"].get("weights") == "none" else "imagenet")
+    pretrain.load_backbone(student, "none" if weights == "none" else "imagenet")
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
     names = ("student_backbone", "epochs", "batch_size", "lr", "schedule", "bn", "seed")

@@ -105,7 +105,7 @@ def options(**given):
 
 
 def test_references_are_labelled_cells_of_training_images(monkeypatch):
-    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root, **how: Scenes())
+    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: Scenes())
     found = evaluate.knn_references(Reader(), None, 3, 30, 2, 10, 5, CPU)
     vectors = found["vectors"]
     greys = sorted({round(255 * float(v)) for v in vectors[:, 0]})
@@ -126,7 +126,7 @@ def test_references_are_labelled_cells_of_training_images(monkeypatch):
 
 
 def test_maps_of_knn_and_cknn_by_hand(monkeypatch):
-    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root, **how: Scenes())
+    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: Scenes())
     f = Reader()
     r = evaluate.knn_references(f, None, 3, 30, 2, 10, 5, CPU)
     X = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(3))
@@ -228,7 +228,8 @@ def test_prototypes_are_masked_means():
     items = [dict(image=torch.full((3, 24, 32), i, dtype=torch.uint8), label=Z) for i, (_, Z, _) in enumerate(made)]
     found = finetune.class_prototypes(f, items, CPU)
     for c in range(N):
-        vectors = [E[0, :, y, x].clamp(min=0).double().numpy() for E, _, cells in made for y, x in np.argwhere(cells == c)]
+        vectors = [E[0, :, y, x].clamp(min=0).double().numpy() for E, _, cells in made
+                   for y, x in np.argwhere(cells == c)]
         mean = np.mean([v / np.linalg.norm(v) for v in vectors], 0)
         assert np.allclose(found[c], mean / np.linalg.norm(mean), atol=1e-6)
     assert torch.allclose(finetune.class_prototypes(f, items[::-1], CPU), found, atol=1e-7)    # whatever the order
@@ -259,9 +260,9 @@ def test_prototypes_script(small):
     assert checkpoint["classifier"] == "cosine" and checkpoint["stage"] == "prototypes" and "with 2 of each" in done.out
     same = {k: v.equal(before[k]) for k, v in checkpoint["model"].items() if k in before}
     assert [k for k, ok in same.items() if not ok] == ["classifier.weight"]           # batch norm's averages stay too
-    scenes = finetune.chosen_scenes(2, checkpoint, str(small / "toy"), 0)
+    scenes = finetune.chosen_scenes(2, checkpoint, str(small / "toy"))
     start = finetune.class_prototypes(common.load_checkpoint(small / "pretrained.pt")[0],
-                                      [scenes[i] for i in range(len(scenes))], CPU)
+                                      [scenes[0, i] for i in range(len(scenes))], CPU)
     moved = (f.classifier.weight[:, :, 0, 0] - start).abs().max()
     # Adam moves a weight by at most about lr a step
     assert 1e-3 < moved <= 1.5 * 0.01 * 2 * (len(scenes) // 2)
@@ -273,7 +274,7 @@ def test_prototypes_script(small):
 
 def test_images_of_the_prototypes_have_the_most_pixels(toy_root):
     checkpoint = dict(data="toy", anomaly=None)
-    scenes = finetune.chosen_scenes(1, checkpoint, toy_root, 0)
+    scenes = finetune.chosen_scenes(1, checkpoint, toy_root)
     everything = common.Scenes("toy", toy_root, "train")
     counts = np.stack([np.bincount(everything[i]["label"].flatten(), minlength=256) for i in range(len(everything))])
     best = {everything.name(int(counts[:, c].argmax())) for c in range(len(everything.classes))}
@@ -474,11 +475,14 @@ def test_tradi_and_pans_scripts(small, once):
     # Interrupted in the middle: the tracked values are part of the state
     run_ok(*TRADI, "--epochs", 1, "--out", "half.pt", folder=small)
     run_ok(*TRADI, "--epochs", 2, "--out", "half.pt", folder=small)
-    half, once = (torch.load(small / f"{name}.pt", weights_only=True)["tradi"] for name in ("half", "once"))
-    assert half["P"] == once["P"] and half["first"] == once["first"]
-    assert all(half[k][n].equal(once[k][n]) for k in ("mean", "var") for n in once[k])
-    wrong = run(*TRADI[:-3], "--epochs", 2, "--out", "half.pt", folder=small)
-    assert wrong.code == 1 and "made with tradi (0.3, 0.2), this run has None" in wrong.err
+    half, whole = torch.load(small / "half.pt", weights_only=True)["tradi"], once["tradi"]
+    assert half["P"] == whole["P"] and half["first"] == whole["first"]
+    assert all(half[k][n].equal(whole[k][n]) for k in ("mean", "var") for n in whole[k])
+    settings = once["settings"]
+    with pytest.raises(common.InputError, match=r"made with tradi \(0.3, 0.2\), this run has None"):
+        pretrain.adopt(once, dict(settings, tradi=None), "once.pt")
+    older = dict(once, settings={k: v for k, v in settings.items() if k not in ("classifier", "tradi")})
+    assert pretrain.adopt(older, dict(settings, classifier="linear", tradi=None), "older.pt") == (2, 0)
 
     # Without variance every sample is the mean, with batch norm from the training images
     f, checkpoint = common.load_checkpoint(small / "once.pt")
