@@ -68,6 +68,7 @@ PAPER = {   # Section IV-A
     "mgu": dict(per_class=300),
     "finetune": dict(epochs={"deeplabv3": 10, "pspnet": 30, "fpn": 10},   # fpn is not the paper's: as deeplabv3
                      batch_size=256, lr=1e-4, alpha=0.05, loss="er"),
+    "prototypes": {}, "distill": {},
 }
 OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "pretrain": dict(backbone="resnet50", weights="imagenet", crop=(512, 512), scale=(0.5, 2.0),
@@ -76,6 +77,9 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "finetune": dict(schedule="constant", bn="train", negatives="mgu", unknown="flipped", images="aux", mix="none",
                      gamma=0.0, cut="side", paste_range=(0.02, 0.49), pure=0.0, paste_control="none",
                      flow_lr=1e-3, flow_steps=300, flow_border="yes"),
+    "prototypes": dict(epochs=30, batch_size=8, lr=1e-2, schedule="constant"),
+    "distill": dict(epochs=115, batch_size=16, lr=1e-4, schedule="constant", bn="train",       # DiCNet's own code
+                    student_backbone="mobilenet_v3_large"),
 }
 RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
              # leaves open was chosen for them on other images than the test images (tests/results/README.md)
@@ -85,12 +89,14 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8,
                          lr=1e-3, crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
         "mgu": dict(per_class=20, batch_size=8),
-        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean")},
+        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
+        "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
     "toy": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
                          lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly"),
         "mgu": dict(per_class=10, step_size=10.0, batch_size=8),
-        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean")},
+        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
+        "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
 }
 METHODS = {  # finetune.py --method NAME: the related systems, in what they differ from "mgu". A method fills defaults
              # and nothing else; how long and how fast to train stays the recipe's
@@ -205,6 +211,11 @@ def upsample(x, size):
     return F.interpolate(x.float() if x.dtype == torch.bfloat16 else x, size, mode="bilinear", align_corners=False)
 
 
+def labels_at(Z, size):
+    """Z uint8 (H, W) at the centres of the cells of an embedding of `size` (h, w), by nearest: uint8 (h, w)."""
+    return F.interpolate(Z[None, None].float(), tuple(size), mode="nearest-exact")[0, 0].to(torch.uint8)
+
+
 class ImagePooling(ASPPPooling):
     """torchvision's pooled branch of DeepLabv3; one value a channel is copied to every cell, not interpolated."""
 
@@ -290,6 +301,13 @@ class Segmenter(nn.Module):
 
     def forward(self, X):
         return self.outputs(X)["logits"]
+
+
+def bare(f):
+    """f whose embedding is the last convolution of its head without the batch norm after it: DiCNet's student."""
+    last = f.head if f.arch == "deeplabv3" else f.head.fuse
+    last[-1] = nn.Identity()
+    return f
 
 
 def build_backbone(arch, name):
@@ -1139,15 +1157,17 @@ def model_facts(f):
 
 def build(checkpoint):
     """The network of a checkpoint, with fresh weights. Facts that older files lack have the value of their time."""
-    return Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
-                     checkpoint.get("width", 256), checkpoint.get("classifier", "linear"),
-                     checkpoint.get("outlier", False), checkpoint.get("flow", False))
+    f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
+                  checkpoint.get("width", 256), checkpoint.get("classifier", "linear"),
+                  checkpoint.get("outlier", False), checkpoint.get("flow", False))
+    return bare(f) if checkpoint.get("stage") == "distill" else f
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, companion=False):
     """(f in eval mode on the CPU, checkpoint dict). The dict: format, model, arch, backbone, classes, data, root,
     anomaly, stage, settings, epoch and step (where the run stands: all done at epoch = settings["epochs"]), and
-    the optimiser for resuming."""
+    the optimiser for resuming. A companion (a student) has `companion_of` too, the fingerprint of the checkpoint that
+    it belongs to, and segments nothing by itself: refused, unless `companion` is True, or None for either kind."""
     expected = "a checkpoint of pretrain.py or finetune.py"
     checkpoint = load_tensors(path, expected)
     keys = {"format", "model", "arch", "backbone", "classes", "data", "root", "anomaly", "settings", "epoch", "step"}
@@ -1155,6 +1175,9 @@ def load_checkpoint(path):
         raise InputError(f"{path}: not {expected}")
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path}: format {checkpoint['format']}; this version reads format {FORMAT}")
+    if companion is not None and companion != ("companion_of" in checkpoint):
+        told = f"{checkpoint.get('stage')} of another checkpoint, no segmenter" if not companion else "no student"
+        raise InputError(f"{path}: {told}; expected {'--student' if companion else expected}")
     if checkpoint["data"] not in DATASETS:
         raise InputError(f"{path}: made with the data set {checkpoint['data']}, which this version does not know; "
                          f"expected one of {', '.join(DATASETS)}")
@@ -1173,13 +1196,13 @@ def load_checkpoint(path):
     return f.eval().to(memory_format=torch.channels_last), checkpoint
 
 
-def data_root(given, checkpoint):
+def data_root(given, checkpoint, flag="--root"):
     """The folder of a checkpoint's data: --root, else where it was trained. InputError where there is none: a
     checkpoint never makes a script write data where the user did not say."""
     root = given or checkpoint["root"]
     if not given and not Path(root).is_dir():
         raise InputError(f"{root}: no such folder; the checkpoint was trained on {checkpoint['data']} there: "
-                         "run in the folder where it was trained, or say where the data lies with --root")
+                         f"run in the folder where it was trained, or say where the data lies with {flag}")
     return str(root)
 
 

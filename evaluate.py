@@ -11,6 +11,9 @@
     python evaluate.py --ckpt ft.pt --score msp entropy maxlogit energy dropout crf
     python evaluate.py --ckpt seed0.pt seed1.pt seed2.pt            # Deep Ensemble
     python evaluate.py --ckpt ft.pt --images photographs/           # no labels: overlays and raw scores
+    python evaluate.py --ckpt ft.pt --score msp knn                 # dense kNN, against the training images
+    python evaluate.py --ckpt pretrained.pt --score dicnet --student student.pt      # DiCNet
+    python evaluate.py --ckpt tradi.pt --tradi 10                   # TRADI: an ensemble of sampled weights
     torchrun --nproc-per-node 8 evaluate.py                         # the same numbers
 
 The folder holds one run: what an earlier one left there is removed (photographs leave results.json and its figures).
@@ -47,6 +50,7 @@ import common
 
 EXTRA_SCORES = ("dropout", "crf")
 OUTLIER_SCORES = ("outlier", "outlier_msp", "hybrid")   # of a model with an outlier head: finetune.py --gamma
+EMBEDDING_SCORES = ("cosine", "knn", "cknn", "dicnet")   # of the embedding; make_NAME below makes them
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -79,13 +83,32 @@ def parse():
     g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes "
                    "(default: those of finetune.py --known-unknown, Sec. IV-C)")
     g = p.add_argument_group("scores")
-    g.add_argument("--score", nargs="+", choices=(*SCORES, *EXTRA_SCORES, *OUTLIER_SCORES), default=["msp"],
+    g.add_argument("--score", nargs="+", default=["msp"],
+                   choices=(*SCORES, *EXTRA_SCORES, *OUTLIER_SCORES, *EMBEDDING_SCORES),
                    help="one or several: msp is the paper's (Eq. 2); dropout and crf are baselines of Table II, "
                    "outlier, outlier_msp and hybrid of a model with an outlier head (default: msp)")
     g.add_argument("--passes", type=common.whole(2), default=10, help="forward passes of --score dropout (ours: 10)")
     g.add_argument("--crf-iterations", type=common.whole(), default=10,
                    help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
-    g.add_argument("--seed", type=common.whole(0), default=0, help="seed of the dropout masks (default: 0)")
+    g.add_argument("--seed", type=common.whole(0), default=0, help="seed of the dropout masks, of kNN's references and "
+                   "of TRADI's samples (default: 0)")
+    g = p.add_argument_group("related systems that read the embedding or the weights")
+    g.add_argument("--knn-k", type=common.whole(), default=3,
+                   help="neighbours of --score knn and cknn (published: 3, the default)")
+    g.add_argument("--knn-images", type=common.whole(), default=500,
+                   help="training images that the references come from (published: 500, the default)")
+    g.add_argument("--knn-vectors", type=common.whole(), default=100_000,
+                   help="reference vectors at most (published: 100000, the default)")
+    g.add_argument("--knn-chunk", type=common.whole(), default=1024,
+                   help="cells compared at once, which bounds the memory: 4 · CHUNK · VECTORS bytes (default: 1024: "
+                   "0.4 GB)")
+    g.add_argument("--student", metavar="CKPT", help="--score dicnet: checkpoint of finetune.py --distill")
+    g.add_argument("--tradi", type=common.whole(), metavar="N", help="an ensemble of N samples of the weights that "
+                   "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
+    g.add_argument("--bn-images", type=common.whole(2), default=500,
+                   help="training images from which --tradi re-estimates batch norm (ours: 500)")
+    g.add_argument("--train-root", metavar="FOLDER",
+                   help="knn, cknn, --tradi: folder of the data that f was trained on (default: the checkpoint's)")
     g = p.add_argument_group("figures")
     g.add_argument("--panels", nargs="+", default=["4"], metavar="N|NAME",
                    help="the N images with the largest anomalies, or images whose path ends in these names, such as "
@@ -99,7 +122,10 @@ def parse():
                    help="images read ahead of f, which sees them one at a time (default: 8)")
     g.add_argument("--workers", type=common.whole(), help="threads that read them (default: 8 on CUDA, else 1)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
-    return p.parse_args()
+    args = p.parse_args()
+    if ("dicnet" in args.score) != bool(args.student):
+        p.error("argument --student: --score dicnet needs it, and nothing else does")
+    return args
 
 
 # ──────────────────────────────────────────────── scores ────────────────────────────────────────────────
@@ -235,6 +261,8 @@ def prepare_scores(fs, names, args, device):
                 raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
                                         "finetune.py --gamma, or of a --method with one")
             made[name] = functools.partial(outlier_score, name=name)
+        elif name in EMBEDDING_SCORES:
+            made[name] = globals()[f"make_{name}"](fs, args, device)
         else:
             made[name] = functools.partial(of_mixture if name in ("msp", "entropy") else of_logits, score=SCORES[name])
     return made
@@ -255,6 +283,206 @@ def anomaly_scores(fs, X, index, scores):
     """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of image `index`; scores: of prepare_scores()."""
     seen = forward(fs, X)
     return {name: score(X, seen, index) for name, score in scores.items()}, seen["log_S"]
+
+
+# Scores of the embedding, and samples of the weights. Each make_NAME(fs, args, device) returns a score as
+# prepare_scores() wants it: the mean over the models fs of a map (B, h, w), brought to full size bilinearly.
+
+def full_size(maps, X):
+    """The mean (B, H, W) of a map (B, h, w) of every model, at the size of X."""
+    return torch.stack([common.upsample(m[:, None], X.shape[-2:])[:, 0] for m in maps]).mean(0)
+
+
+def training_scenes(f, train_root):
+    """The training split of the data that f was trained on, whole images."""
+    _, checkpoint = f.origin
+    root = common.data_root(train_root, checkpoint, "--train-root")
+    return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
+
+
+def make_cosine(fs, args, device):
+    """PAnS (Fontanel et al., CVPR Workshops 2021): (1 − max_i cos(x, w_i)) / 2 in [0, 1].
+
+    As published the maximum is taken on the map of the embedding and then upsampled: not the order of maxlogit, whose
+    logits are upsampled first. Raises InputError for a model with another classifier."""
+    for f in fs:
+        if not isinstance(f.classifier, common.CosineClassifier):
+            raise common.InputError(f"{f.origin[0]}: --score cosine expects a checkpoint of pretrain.py --classifier "
+                                    "cosine or finetune.py --prototypes")
+
+    def cosine(X, seen, index):
+        maps = []
+        for f, outputs in zip(fs, seen["each"]):
+            z = f.classifier(f.activation(outputs["embedding"]))        # s · cos, (B, N, h, w)
+            maps.append((1 - z.max(1).values / f.classifier.scale) / 2)
+        return full_size(maps, X)
+    return cosine
+
+
+def knn_distance(queries, references, k=3, chunk=1024, skip=0):
+    """Mean Euclidean distance (Q,) of queries (Q, C) to the k nearest of references (R, C), or to the next k after
+    `skip`. Memory: chunk · R distances at once."""
+    found = []
+    for part in queries.split(chunk):
+        nearest = torch.cdist(part, references).topk(k + skip, largest=False).indices            # (chunk, k + skip)
+        # cdist has |a|² + |b|² − 2ab, whose rounding is large for near vectors: those few again, as differences
+        exact = (part[:, None] - references[nearest]).norm(dim=2)
+        found.append(exact.sort(1).values[:, skip:].mean(1))
+    return torch.cat(found)
+
+
+@functools.cache
+@torch.no_grad()
+def knn_references(f, train_root, images, vectors, k, chunk, seed, device):
+    """What knn and cknn compare with, from f's training images, the same on every rank: dict(vectors (R, C) float32,
+    energy: its (lowest, highest) over all their pixels, farthest: the largest distance among the vectors themselves).
+
+    As published: `images` at random, whole; `vectors` at random among the cells with a known class; the distance of a
+    vector of at most 30000 to its k nearest among the others.
+    ASSUMPTION: the embedding before its activation (published: keys of a transformer); as many vectors from each image;
+    the 30000 are references (published: of their own)."""
+    scenes = training_scenes(f, train_root)
+    chosen = np.random.default_rng(seed).permutation(len(scenes))[:images].tolist()
+    share, kept, low, high = max(1, vectors // len(chosen)), [], math.inf, -math.inf
+    with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
+        items = common.ahead(readers, scenes.__getitem__, chosen, count=16)
+        for item in common.progress(items, "kNN references", total=len(chosen), leave=False):
+            seen = f.outputs(common.to_input(item["image"][None], device))
+            E = seen["embedding"][0].float()                                                     # (C, h, w)
+            cells = np.flatnonzero(common.labels_at(item["label"], E.shape[1:]) < f.num_classes)
+            cells = np.random.default_rng([seed, item["index"]]).permutation(cells)[:share]
+            kept.append(E.flatten(1)[:, torch.from_numpy(cells).to(device)].T)
+            energy = score_energy(seen["logits"])
+            low, high = min(low, float(energy.min())), max(high, float(energy.max()))
+    references = torch.cat(kept).contiguous()
+    if len(references) <= k:
+        raise common.InputError(f"{len(references)} labelled vectors in {len(chosen)} images of {scenes.root}: too few "
+                                f"for {k} neighbours; expected more --knn-images and --knn-vectors")
+    some = references[torch.from_numpy(np.random.default_rng(seed).permutation(len(references))[:30_000]).to(device)]
+    farthest = float(knn_distance(some, some, k, chunk, skip=1).max())                           # itself left out
+    return dict(vectors=references, energy=(low, high), farthest=farthest)
+
+
+def make_knn(fs, args, device, combined=False):
+    """Dense kNN (Galesso et al., "Far away in the deep space: dense nearest-neighbor-based out-of-distribution
+    detection", ICCV Workshops 2023), DNP: the distance d of a cell of the embedding to its k nearest references; or
+    `combined`, cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max."""
+    known = [knn_references(f, args.train_root, args.knn_images, args.knn_vectors, args.knn_k, args.knn_chunk,
+                            args.seed, device) for f in fs]
+
+    def distances(seen):
+        """A map (B, h, w) of each model; made once for an image, for knn and cknn."""
+        if "distances" not in seen:
+            seen["distances"] = []
+            for outputs, r in zip(seen["each"], known):
+                E = outputs["embedding"].float().movedim(1, -1)                                  # (B, h, w, C)
+                d = knn_distance(E.flatten(0, 2), r["vectors"], args.knn_k, args.knn_chunk)
+                seen["distances"].append(d.view(E.shape[:3]))
+        return seen["distances"]
+
+    def knn(X, seen, index):
+        return full_size(distances(seen), X)
+
+    def cknn(X, seen, index):
+        score = full_size([d / r["farthest"] for d, r in zip(distances(seen), known)], X)
+        for outputs, r in zip(seen["each"], known):
+            low, high = r["energy"]
+            score = score + (score_energy(outputs["logits"]) - low) / (high - low) / len(known)
+        return score
+    return cknn if combined else knn
+
+
+make_cknn = functools.partial(make_knn, combined=True)
+
+
+def make_dicnet(fs, args, device):
+    """DiCNet (Zhou et al., "Anomaly discovery in semantic segmentation via distillation comparison networks", 2021):
+    mean_c (T − S)² of the teacher's embedding T and the student's S. Raises InputError for a student of another f."""
+    student, checkpoint = common.load_checkpoint(args.student, companion=True)
+    for f in fs:
+        path, _ = f.origin
+        if checkpoint["companion_of"] != common.fingerprint(path):
+            raise common.InputError(f"{args.student}: a student of another teacher ({checkpoint['companion_of']}) than "
+                                    f"{path} ({common.fingerprint(path)}); expected one of finetune.py --distill "
+                                    f"--ckpt {path}")
+    student = student.to(device).requires_grad_(False)
+
+    def dicnet(X, seen, index):
+        S = student.embed(X).float()
+        maps = []
+        for outputs in seen["each"]:
+            T = outputs["embedding"].float()
+            maps.append(((T - common.upsample(S, T.shape[-2:]))**2).mean(1))                     # (B, h, w)
+        return full_size(maps, X)
+    return dicnet
+
+
+def sample_tensor(mean, var, generator, D=10):
+    """A draw w̃ of the weights of a layer, float32 of the shape of mean and var: TRADI's
+
+        w̃ = μ + √v · √(2/D) Σ_d cos(θ_d μ + b_d) ξ_d,    θ, ξ ~ N(0, 1), b ~ U(0, 2π),    all of size D
+
+    random Fourier features of Cov(w̃_i, w̃_j) = √(v_i v_j) exp(−(μ_i − μ_j)²/2). They need one phase b_d for all
+    weights of the layer: with one for each weight, as the public code draws them, the covariance is diagonal."""
+    theta, xi = torch.randn(2, D, generator=generator).to(mean)
+    b = 2 * math.pi * torch.rand(D, generator=generator).to(mean)
+    field = torch.zeros_like(mean)
+    for d in range(D):
+        field += torch.cos(theta[d] * mean + b[d]) * xi[d]
+    return mean + var.clamp(min=0).sqrt() * math.sqrt(2 / D) * field
+
+
+def tradi_samples(path, checkpoint, args, device):
+    """[f, …]: args.tradi draws of the weights that pretrain.py --tradi tracked, with batch norm of their own."""
+    if "tradi" not in checkpoint:
+        raise common.InputError(f"{path}: no tracked weights; expected a checkpoint of pretrain.py --tradi")
+    tracked, fs = checkpoint["tradi"], []
+    for n in range(args.tradi):
+        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + n) % 2**63)
+        drawn = {name: sample_tensor(mean, tracked["var"][name], generator) for name, mean in tracked["mean"].items()}
+        f = common.build(checkpoint)
+        f.load_state_dict({**checkpoint["model"], **drawn})
+        f.origin = path, checkpoint
+        fs.append(f.to(device, memory_format=torch.channels_last).requires_grad_(False).eval())
+    common.say(f"{path}: {args.tradi} samples of the weights; the tracked mean holds up to "
+               f"{100 * tracked['first']:.0f} % of their first values")
+    scenes = training_scenes(fs[0], args.train_root)
+    chosen = np.random.default_rng(args.seed).permutation(len(scenes))[:args.bn_images]
+    estimate_batch_norm(fs, scenes, chosen, device)
+    return fs
+
+
+@torch.no_grad()
+def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
+    """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images.
+
+    ASSUMPTION: whole images, as f sees them in the test; of a batch of several sizes, what the smallest covers."""
+    norms = [m for f in fs for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
+        m.train()
+        m.momentum = None                                               # the cumulative average
+    for part in common.progress(np.array_split(chosen, -(-len(chosen) // batch)), "batch norm", leave=False):
+        images = [scenes[int(i)]["image"] for i in part]
+        h, w = (min(image.shape[axis] for image in images) for axis in (1, 2))
+        X = common.to_input(torch.stack([image[:, :h, :w] for image in images]), device)
+        for f in fs:
+            f(X)
+    for m in norms:
+        m.eval()
+
+
+def systems_protocol(args):
+    """What results.json says of the systems above, where one is used."""
+    told = {}
+    if {"knn", "cknn"} & set(args.score):
+        told["knn"] = dict(k=args.knn_k, images=args.knn_images, vectors=args.knn_vectors, seed=args.seed,
+                           layer="embedding before its activation", upsampling="bilinear")
+    if "dicnet" in args.score:
+        told["student"] = common.fingerprint(args.student)
+    if args.tradi:
+        told["tradi"] = dict(samples=args.tradi, bn_images=args.bn_images, seed=args.seed)
+    return told
 
 
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
@@ -499,8 +727,12 @@ def load_models(args, device):
         if checkpoint["classes"] != classes:
             raise common.InputError(f"{path}: its classes are not those of {paths[0]}: {len(checkpoint['classes'])} "
                                     f"and {len(classes)}; expected the same")
+    for path, (f, checkpoint) in loaded.items():
+        f.origin = path, checkpoint                      # where its training images lie, and who it is
     models = {"+".join(name[p] for p in group): [loaded[p][0].to(device).requires_grad_(False) for p in group]
               for group in (args.ckpt, *([p] for p in args.baseline))}
+    if args.tradi:
+        models[next(iter(models))] = [f for p in args.ckpt for f in tradi_samples(p, loaded[p][1], args, device)]
     return models, {path: checkpoint for path, (_, checkpoint) in loaded.items()}
 
 
@@ -565,7 +797,8 @@ def describe(args, scenes, counts, left_out, both, checkpoints):
         fpr95="recall nearest to 0.95, larger FPR on ties (CAOS); "
               "fpr95_first: first threshold with recall of at least 0.95",
         miou="over the classes present in the labels, ignored_classes included",
-        checkpoints={shown(path): common.fingerprint(path) for path in checkpoints})
+        checkpoints={shown(path): common.fingerprint(path) for path in checkpoints},
+        **systems_protocol(args))
 
 
 def environment(device):

@@ -11,6 +11,10 @@
     python finetune.py --known-unknown car fence pole --out ft_known.pt       # pilot study (Sec. IV-C): these are D_s
     torchrun --nproc-per-node 8 finetune.py
 
+Related systems, which need no auxiliary set (end of the file):
+    --prototypes K     PGAN: a cosine classifier from K annotated images a class (from its abstract, all that is public)
+    --distill          DiCNet: a student of f, for evaluate.py --score dicnet
+
 Controls, which the paper lacks: what does the direction of MGU add, and what its size? With everything else the same,
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
     --images sign      every value of X' − X with a random sign: its size and place without its direction
@@ -48,7 +52,7 @@ def parse():
     p = argparse.ArgumentParser(description="Anomaly-aware fine-tuning (Sec. III-C, Eq. 5).",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
     p.add_argument("--ckpt", default="pretrained.pt", help="checkpoint of pretrain.py (default: pretrained.pt)")
-    p.add_argument("--out", default="ft.pt", help="checkpoint to write (default: ft.pt)")
+    p.add_argument("--out", help="checkpoint to write (default: ft.pt; prototypes.pt, student.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     g = p.add_argument_group("synthetic-unknown data")
     g.add_argument("--aux", default="auxiliary", help="folder that mgu_generate.py wrote (default: auxiliary)")
@@ -86,6 +90,12 @@ def parse():
                    "before --epochs (ours: 300)")
     g.add_argument("--flow-border", choices=("yes", "no"), help="whether the loss reaches the flow through its "
                    "samples; no: the flow learns from the likelihood alone (ours: yes)")
+    g = p.add_argument_group("related systems, without auxiliary set")
+    g.add_argument("--prototypes", type=common.whole(), metavar="K",
+                   help="PGAN: a cosine classifier from K annotated images a class; all else of f stays")
+    g.add_argument("--distill", action="store_true", help="DiCNet: a student that predicts the embedding of f")
+    g.add_argument("--student-backbone", choices=tuple(common.BACKBONES),
+                   help="of the student (ours: mobilenet_v3_large; published: ResNet-34 for ResNet-50)")
     g = p.add_argument_group("objective (Eq. 5)")
     g.add_argument("--loss", choices=common.LOSSES,
                    help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
@@ -100,7 +110,9 @@ def parse():
     chosen = source(args)
     for flag in other_flags(args):
         if getattr(args, flag) is not None:
-            p.error(f"argument --{flag.replace('_', '-')}: has no effect where D_s comes from {chosen}: leave it out")
+            p.error(f"argument --{flag.replace('_', '-')}: has no effect with {chosen}: leave it out")
+    args.stage = chosen if chosen in ("prototypes", "distill") else "finetune"
+    args.out = args.out or dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt")[args.stage]
     if chosen == "paste" and not args.patches:
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
@@ -108,24 +120,27 @@ def parse():
     return args
 
 
-SOURCES = {   # where D_s comes from: the flags that it alone reads
-    "mgu": ("unknown", "images", "mix"),
-    "known-unknown": (),
-    "paste": ("patches", "cut", "paste_range", "pure", "paste_control"),
-    "flow": ("paste_range", "flow_lr", "flow_steps", "flow_border"),
+EQ5 = ("loss", "alpha", "gamma")
+SOURCES = {   # where D_s comes from, or what is trained without one: the flags that it reads
+    "mgu": ("negatives", "unknown", "images", "mix", *EQ5),
+    "known-unknown": EQ5,
+    "paste": ("negatives", "patches", "cut", "paste_range", "pure", "paste_control", *EQ5),
+    "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
+    "prototypes": (),
+    "distill": ("student_backbone",),
 }
 
 
 def source(args):
-    """One of SOURCES: --known-unknown or --negatives, else the method's, else mgu."""
-    method = common.METHODS[args.method].get("negatives", "mgu")
-    return "known-unknown" if args.known_unknown else args.negatives or method
+    """One of SOURCES: what a flag of that name asks for, or --negatives, else the method's, else mgu."""
+    asked = [name for name in ("prototypes", "distill", "known-unknown") if getattr(args, name.replace("-", "_"))]
+    return (asked or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
 
 
 def other_flags(args):
-    """The flags of the other sources, which nothing in this run reads, in their order."""
-    mine = SOURCES[source(args)] + (() if args.known_unknown else ("negatives",))
-    return [flag for flags in (("negatives",), *SOURCES.values()) for flag in flags if flag not in mine]
+    """The flags that only others of SOURCES read."""
+    mine = SOURCES[source(args)]
+    return [flag for flag in dict.fromkeys(f for flags in SOURCES.values() for f in flags) if flag not in mine]
 
 
 # ─────────────────────────────────────────── where D_s comes from ───────────────────────────────────────────
@@ -506,14 +521,121 @@ def add_heads(f, args):
     special = {p for module in factors for p in module.parameters()}
     groups = [dict(params=[p for p in f.parameters() if p not in special])]
     return groups + [dict(params=list(module.parameters()), factor=factor) for module, factor in factors.items()]
+# ──────────────────────── related systems that train something else than f with Eq. 5 ────────────────────────
+
+def chosen_scenes(K, checkpoint, root):
+    """The training images that are among the K with the most pixels of a class, at full size, without D_s.
+
+    Raises InputError for a class that no image has."""
+    scenes = KnownUnknown(checkpoint["data"], root, checkpoint["anomaly"], unknown=[])
+    labels = [label for _, label in scenes.pairs]
+    counts = common.id_histograms(labels)                                                 # (images, 256)
+    common.check_ids(scenes.data, scenes.lut, counts, labels)
+    chosen = set()
+    for c, name in enumerate(scenes.classes):
+        pixels = counts[:, scenes.lut == c].sum(1)
+        if not pixels.any():
+            raise common.InputError(f"{root}: no training image has a pixel of {name}; expected one for its prototype")
+        most = np.argsort(-pixels, kind="stable")[:K]
+        chosen |= {int(i) for i in most if pixels[i]}
+    scenes.pairs = [scenes.pairs[i] for i in sorted(chosen)]
+    return scenes
+
+
+@torch.no_grad()
+def class_prototypes(f, items, device):
+    """(N, C) float32 of unit rows: row i is the mean over all cells of class i of the normalised embedding (after its
+    activation), normalised. items: dicts of image uint8 (3, H, W) and label (H, W), in any order.
+
+    Sums in float64, then one division. Raises InputError for a class without a cell."""
+    N, C = f.num_classes, f.classifier.in_channels
+    total, cells = torch.zeros(N, C, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    for item in items:
+        x = f.activation(f.embed(common.to_input(item["image"][None], device)))[0].cpu().double()    # (C, h, w)
+        Z = common.labels_at(item["label"], x.shape[1:]).flatten()
+        of_class = (Z == torch.arange(N)[:, None]).double()                                          # (N, h·w)
+        total += of_class @ torch.nn.functional.normalize(x, dim=0).flatten(1).T
+        cells += of_class.sum(1)
+    if not cells.all():
+        raise common.InputError(f"class {int(cells.argmin())} of the checkpoint's has no cell of the embedding in the "
+                                "chosen images; expected more --prototypes")
+    return torch.nn.functional.normalize(total / cells[:, None], dim=1).float()
+
+
+def train_prototypes(args, f, checkpoint, root, device):
+    """PGAN (Hao et al., "Prototype guided network for anomaly segmentation", 2022): class prototypes from a few
+    annotated images, optimised by similarity. Writes an ordinary checkpoint with a cosine classifier: score cosine.
+
+    Only the abstract of PGAN is public, and this follows it. ASSUMPTION: K images a class, those with most of it; a
+    prototype starts as the masked mean of the embedding; then L_k of 10 · cosine on the same images, everything but the
+    prototypes frozen; one level of features for the "hierarchical" ones."""
+    with common.first_rank_first():
+        scenes = chosen_scenes(args.prototypes, checkpoint, root)
+    f = f.to(device)
+    weight = class_prototypes(f, (scenes[0, i] for i in range(len(scenes))), device)
+    common.say(f"{len(scenes)} images with {args.prototypes} of each of {len(scenes.classes)} classes")
+    g = common.Segmenter(f.arch, f.backbone_name, f.num_classes, f.width, "cosine")
+    g.load_state_dict({k: v for k, v in f.state_dict().items() if not k.startswith(("classifier.", "outlier."))},
+                      strict=False)
+    g = g.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    g.classifier.weight.copy_(weight[:, :, None, None]).requires_grad_(True)
+    args.alpha, args.loss, args.bn = 0, "er", "frozen"                # Eq. 5 with an empty D_s
+    settings = dict({n: getattr(args, n) for n in ("prototypes", "epochs", "batch_size", "lr", "schedule", "seed")},
+                    ckpt=common.fingerprint(args.ckpt), dataset=scenes.identity())
+    facts = dict(common.model_facts(g), stage="prototypes", root=root,
+                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+    pretrain.train(g, scenes, args, device, settings, facts)
+
+
+def distill(args, f, checkpoint, root, device):
+    """DiCNet's student (Zhou et al., 2021): a smaller network that predicts the embedding T of the frozen f from clean
+    training images without their labels: it fits where it was taught, on the known classes.
+
+    minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
+    ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
+    map of the student that is coarser than f's is upsampled bilinearly."""
+    # Those of pretraining; a fine-tuned f does not tell them, and has the defaults of its data
+    usual = {**common.OURS["pretrain"], **common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})}
+    crop, scale, weights = (checkpoint["settings"].get(k, usual[k]) for k in ("crop", "scale", "weights"))
+    with common.first_rank_first():
+        scenes = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], crop, scale,
+                                         args.seed)
+    teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    torch.manual_seed(args.seed % 2**63)
+    student = common.bare(common.Segmenter(f.arch, args.student_backbone, f.num_classes, f.width))
+    pretrain.load_backbone(student, "none" if weights == "none" else "imagenet")
+    student = student.to(device, memory_format=torch.channels_last)
+    common.say(common.about_run(device, student))
+    names = ("student_backbone", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
+    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt),
+                    dataset=scenes.identity())
+    facts = dict(common.model_facts(student), stage="distill", companion_of=common.fingerprint(args.ckpt), root=root,
+                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+
+    def count(batch, run):
+        return [len(batch["label"])]
+
+    pretrain.train(student, scenes, args, device, settings, facts, count=count,
+                   objective=lambda net, part, counts: distillation(teacher, net, part, counts))
+
+
+def distillation(teacher, net, part, counts):
+    """Σ over the images of a part of mean (S − T)², by the number of images in the batch: scalar."""
+    X = common.to_input(part["image"])
+    with torch.no_grad():
+        T = teacher.embed(X).float()
+    S = common.upsample(net(X)["embedding"].float(), T.shape[-2:])
+    return ((S - T)**2).mean((1, 2, 3)).sum() / counts[0]
 
 
 def main():
     args = parse()
     device = common.setup(args.device, tf32=True)
     f, checkpoint = common.load_checkpoint(args.ckpt)
-    common.say(common.resolve(args, "finetune", checkpoint["data"], f.arch, without=other_flags(args)))
+    common.say(common.resolve(args, args.stage, checkpoint["data"], f.arch, without=other_flags(args)))
     root = common.data_root(args.root, checkpoint)               # X and the training split are read there
+    if args.stage != "finetune":
+        return (train_prototypes if args.prototypes else distill)(args, f, checkpoint, root, device)
     make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
     data, identity = make[source(args)](args, checkpoint, root)
     groups = add_heads(f, args)

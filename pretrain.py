@@ -7,6 +7,8 @@
     python pretrain.py                                                            # toy data: minutes on two CPU cores
     python pretrain.py --data streethazards --root /data/streethazards            # the paper's recipe, one GPU
     torchrun --nproc-per-node 8 pretrain.py --data streethazards --root /data/streethazards --cache /scratch
+    python pretrain.py --classifier cosine --out cosine.pt                        # PAnS; evaluate.py --score cosine
+    python pretrain.py --tradi 0.02 0.02 --out tradi.pt                           # TRADI; evaluate.py --tradi 10
     torchrun --nnodes 2 --node-rank 0 --master-addr HOST --nproc-per-node 8 pretrain.py ...    # on each of 2 machines
 
 The training loop is here too: `train` minimises Eq. 5, for this stage with an empty D_s, for finetune.py with the
@@ -59,15 +61,25 @@ def parse():
     g.add_argument("--backbone", choices=tuple(common.BACKBONES),
                    help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
     g.add_argument("--width", type=common.whole(), help="channels of the fpn head (ours: 256; toy, camvid: 64)")
+    g.add_argument("--classifier", choices=common.CLASSIFIERS, default="linear",
+                   help="last layer; cosine: PAnS, whose logits are 10 times the cosine to a prototype of each class "
+                   "(default: linear)")
     g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; "
                    "toy, camvid: none)")
     training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)", micro_batch=32)
+    p.add_argument("--tradi", nargs="*", type=common.real(0, above=True), metavar="GAIN",
+                   help="track mean and variance of the weights, for evaluate.py --tradi, over about the last 1/GAIN "
+                   "steps each (published: 0.00316 0.00223, the default, for runs of many thousand steps)")
     p.add_argument("--val-every", type=common.whole(),
                    help="epochs between validations (default: a fiftieth of --epochs)")
     p.add_argument("--out", default="pretrained.pt", help="checkpoint to write (default: pretrained.pt)")
     args = p.parse_args()
     if args.scale and args.scale[0] > args.scale[1]:
         p.error(f"argument --scale: LOW {args.scale[0]} is above HIGH {args.scale[1]}")
+    if args.tradi is not None:
+        args.tradi = args.tradi or list(TRADI_GAIN)
+        if len(args.tradi) != 2 or max(args.tradi) >= 1:
+            p.error("argument --tradi: expected no GAIN, or two below 1")
     return args
 
 
@@ -152,6 +164,8 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
             for group in run.optimiser.param_groups:
                 group["lr"] = learning_rate(args, run.t / run.total) * group.get("factor", 1)
             run.optimiser.step()
+            if run.tradi:
+                run.tradi.step(run.optimiser.param_groups)
             run.pending.append((run.t, loss, batch["index"].tolist()))
             run.t += 1
             bar.update()
@@ -202,6 +216,7 @@ class Run:
         self.restart, self.device, self.cuda = args.restart, device, device.type == "cuda"
         # ASSUMPTION: a new optimiser in fine-tuning
         self.optimiser = torch.optim.Adam(groups or f.parameters(), lr=args.lr, fused=True)
+        self.tradi = Tradi(f, args.tradi) if getattr(args, "tradi", None) else None
         self.micro = args.micro_batch or (args.cuda_micro_batch if self.cuda else 16)
         self.interval = 20 if self.cuda else 1       # steps between looks at the loss, so that the host never waits
         self.pending, self.labelled, self.told, self.validation_due = [], 0, False, False
@@ -209,6 +224,62 @@ class Run:
 
     def position(self):
         return "epoch {}, step {}".format(*divmod(self.t, self.n_steps))
+
+
+TRADI_GAIN = (0.00316, 0.00223)   # the steady gains of TRADI's published constants: Q as below, R = 10
+
+
+class Tradi:
+    """TRADI's filter over the steps of training (Franchi et al., "TRADI: Tracking deep neural network weight
+    distributions", ECCV 2020): for every weight w that is not batch norm's, with gradient g and rate lr of a step,
+
+        μ ← (1 − K_μ)(μ − lr·g) + K_μ w        v ← (1 − K_v)(v + (lr·g)²) + K_v (w − μ)²
+        P⁻ = P + Q,   K = P⁻ / (P⁻ + R),   P ← (1 − K) P⁻          (both scalars, for all weights; P starts at 0)
+
+    The gains K rise from Q / (Q + R) to those given, whatever R that takes: R = Q (1 − K) / K².
+    ASSUMPTION: starts at μ = w_0, v = 0, where the public code starts at μ = 0: that start is left only after some
+    1/K_μ = 317 steps. With Adam a step is not lr·g, and the filter an average over the last 1/K_μ iterates.
+
+    mean, var {name: tensor}; first: the share of w_0 that is left in the mean where Adam forgets it, Π(1 − K_μ)."""
+
+    Q = (1e-4, 5e-5)   # of the mean, of the variance
+
+    def __init__(self, f, gain=TRADI_GAIN):
+        norms = {id(p) for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+        weights = {name: w for name, w in f.named_parameters() if id(w) not in norms}
+        self.names = {id(w): name for name, w in weights.items()}
+        self.mean = {name: w.detach().clone() for name, w in weights.items()}
+        self.var = {name: torch.zeros_like(w) for name, w in self.mean.items()}
+        self.R = [q * (1 - k) / k**2 for q, k in zip(self.Q, gain)]
+        self.P, self.first = [0.0, 0.0], 1.0
+
+    @torch.no_grad()
+    def step(self, groups):
+        """After the optimiser's step; groups: its parameter groups, with the gradients and rates of that step."""
+        K = []
+        for i in (0, 1):
+            prior = self.P[i] + self.Q[i]
+            K.append(prior / (prior + self.R[i]))
+            self.P[i] = (1 - K[i]) * prior
+        self.first *= 1 - K[0]
+        for group in groups:
+            for w in group["params"]:
+                if id(w) not in self.names:
+                    continue
+                name = self.names[id(w)]
+                moved = 0 * w if w.grad is None else group["lr"] * w.grad
+                mean = self.mean[name].sub_(moved).lerp_(w, K[0])
+                self.var[name].add_(moved**2).lerp_((w - mean)**2, K[1])
+
+    def state(self):
+        """What a checkpoint keeps of it."""
+        return dict(mean=self.mean, var=self.var, P=self.P, first=self.first)
+
+    def load(self, state):
+        for name in self.mean:
+            self.mean[name].copy_(state["mean"][name])
+            self.var[name].copy_(state["var"][name])
+        self.P, self.first = list(state["P"]), state["first"]
 
 
 def beside(out, suffix):
@@ -225,13 +296,15 @@ def resume(run, settings):
     if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
         raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
     if out.exists() and not run.restart:
-        checkpoint = common.load_checkpoint(out)[1]
+        checkpoint = common.load_checkpoint(out, companion=None)[1]
         epoch, step = adopt(checkpoint, settings, out)
         if epoch >= run.epochs:
             common.say(f"{out} is complete ({epoch} epochs); --restart starts over")
             return False
         run.f.load_state_dict(checkpoint["model"])
         run.optimiser.load_state_dict(checkpoint["optimiser"])
+        if run.tradi:
+            run.tradi.load(checkpoint["tradi"])
         run.t = run.first = epoch * run.n_steps + step
         run.validation_due = step == run.n_steps
         common.say(f"continuing {out} from epoch {epoch}, step {step}")
@@ -258,7 +331,8 @@ def adopt(checkpoint, settings, path):
     """The (epoch, step) to continue from; InputError names the setting in which the earlier run differs."""
     plain = lambda value: tuple(value) if isinstance(value, list) else value
     for name, value in settings.items():
-        before, value = plain(checkpoint["settings"].get(name)), plain(value)
+        absent = "linear" if name == "classifier" else None    # before it was a setting
+        before, value = plain(checkpoint["settings"].get(name, absent)), plain(value)
         longer = name == "epochs" and value > before and settings["schedule"] == "constant"
         if before != value and not longer:
             raise common.InputError(f"{path}: made with {name.replace('_', '-')} {before}, this run has {value}; "
@@ -479,9 +553,11 @@ def save(run, settings, facts):
     epoch, step = divmod(run.t, run.n_steps)
     if run.validation_due:                      # (epoch, n_steps): the epoch's validation is still to come
         epoch, step = epoch - 1, run.n_steps
+    tracked = dict(tradi=run.tradi.state()) if run.tradi else {}
     if common.rank() == 0:
         common.save_checkpoint(run.out, dict(facts, model=run.f.state_dict(), optimiser=run.optimiser.state_dict(),
-                                             settings=settings, epoch=epoch, step=step, micro_batch=run.micro))
+                                             settings=settings, epoch=epoch, step=step, micro_batch=run.micro,
+                                             **tracked))
     run.saved = time.time()
 
 
@@ -686,7 +762,7 @@ def main():
                                 args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
     torch.manual_seed(args.seed % 2**63)
-    f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width)
+    f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width, args.classifier)
     load_backbone(f, args.weights)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
@@ -694,7 +770,7 @@ def main():
                f"N = {len(scenes.classes)}")
 
     names = ("data", "anomaly", "arch", "backbone", "width", "weights", "epochs", "batch_size", "lr", "crop", "scale",
-             "schedule", "bn", "seed")
+             "schedule", "bn", "seed", "classifier", "tradi")
     settings = dict({n: getattr(args, n) for n in names}, dataset=scenes.identity())
     facts = dict(common.model_facts(f), stage="pretrain", classes=list(scenes.classes), data=args.data, root=args.root,
                  anomaly=args.anomaly)

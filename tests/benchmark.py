@@ -5,6 +5,7 @@
     python tests/benchmark.py metrics                       # against scikit-learn; minutes
     python tests/benchmark.py mgu --ckpt pretrained.pt      # against Algorithm 1 image by image
     python tests/benchmark.py training                      # against a loop in the manner of torchvision's reference
+    python tests/benchmark.py scores                        # of evaluate.py, each against the forward pass
     python tests/benchmark.py all --small                   # everything at toy size: does it run?
 """
 import argparse
@@ -989,11 +990,66 @@ def bench_memory(args):
             arch=arch, size=list(size), batch=batch, measured=found / 2**30, calculated=f_bytes / 2**30)))
 
 
+# ────────────────────────────────────────────────── scores ──────────────────────────────────────────────────
+
+def seconds_of(make, device, repeat):
+    """Median seconds of make() after one that does not count, and GiB at the peak of the device (None on a CPU)."""
+    make()
+    synchronise(device)
+    peak_memory(device, reset=True)
+    times = []
+    for _ in range(repeat):
+        begun = time.perf_counter()
+        make()
+        synchronise(device)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times), peak_memory(device)
+
+
+@torch.no_grad()
+def bench_scores(args, device):
+    """Every score of one image beside the forward pass that it needs anyway: random weights, references of noise."""
+    size, vectors = ((54, 96), 1000) if args.small else (FRAME, 100_000)
+    arch, backbone = args.arch or "deeplabv3", args.backbone or ("mobilenet_v3_large" if args.small else "resnet50")
+    torch.manual_seed(0)
+    make = lambda name, **how: common.Segmenter(arch, name, 12, **how).eval().to(
+        device, memory_format=torch.channels_last)
+    f, cosine, student = make(backbone), make(backbone, classifier="cosine"), common.bare(make("mobilenet_v3_large"))
+    f.origin = cosine.origin = "f.pt", {}
+    X = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    options = argparse.Namespace(passes=10, crf_iterations=10, seed=0, knn_k=3, knn_images=500, knn_vectors=vectors,
+                                 knn_chunk=1024, train_root=None, student="student.pt")
+    references = dict(vectors=torch.randn(vectors, f.classifier.in_channels, device=device), energy=(-1.0, 0.0),
+                      farthest=1.0)
+    rows = []
+
+    def line(name, make, needs=0.0):
+        spent, peak = seconds_of(make, device, args.repeat)
+        rows.append(dict(score=name, seconds=spent, times_forward=spent / (needs or spent), gib=peak))
+        print(f"{name:12} {spent:8.4f} s   {rows[-1]['times_forward']:6.2f} × forward   "
+              + (f"{peak:.2f} GiB" if peak else ""), flush=True)
+        return spent
+
+    print(f"{arch} on {backbone}, {size[1]}×{size[0]}, {vectors} reference vectors; {common.about_run(device)}")
+    with mock.patch.object(evaluate, "knn_references", lambda *_: references), \
+            mock.patch.object(common, "load_checkpoint", lambda *_, **__: (student, dict(companion_of="f"))), \
+            mock.patch.object(common, "fingerprint", lambda _: "f"):
+        forward = line("forward", lambda: evaluate.forward([f], X))
+        line("tradi 10", lambda: evaluate.forward([f] * 10, X), forward)
+        for name in (*evaluate.SCORES, *evaluate.EXTRA_SCORES, *evaluate.EMBEDDING_SCORES):
+            fs = [cosine if name == "cosine" else f]
+            score, seen = evaluate.prepare_scores(fs, [name], options, device)[name], evaluate.forward(fs, X)
+            line(name, lambda: score(X, dict(seen), 0), forward)         # a copy: knn keeps its distances there
+    if args.json:
+        common.save_json(args.json, dict(arch=arch, backbone=backbone, size=list(size), vectors=vectors, rows=rows,
+                                         device=common.about_run(device)))
+
+
 def main():
     p = argparse.ArgumentParser(description="Speed and memory against named baselines.")
-    p.add_argument("section", choices=("gpu", "memory", "metrics", "mgu", "training", "all"))
+    p.add_argument("section", choices=("gpu", "memory", "metrics", "mgu", "training", "scores", "all"))
     p.add_argument("--small", action="store_true", help="tiny sizes: only to see that it runs")
-    p.add_argument("--json", help="gpu, memory: write every number to this file too")
+    p.add_argument("--json", help="gpu, memory, scores: write every number to this file too")
     p.add_argument("--budget", type=float, default=600, help="gpu: seconds that it may take (default: 600)")
     p.add_argument("--arch", choices=common.ARCHS,
                    help="gpu, memory: this one alone (default: deeplabv3 and pspnet); training (default: deeplabv3)")
@@ -1011,7 +1067,7 @@ def main():
     device = common.setup(args.device)
     sections = dict(gpu=lambda: bench_gpu(args, device), memory=lambda: bench_memory(args),
                     metrics=lambda: bench_metrics(args.small), mgu=lambda: bench_mgu(args, device),
-                    training=lambda: bench_training(args, device))
+                    training=lambda: bench_training(args, device), scores=lambda: bench_scores(args, device))
     for section, bench in sections.items():
         if args.section in (section, "all"):
             bench()
