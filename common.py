@@ -1029,7 +1029,7 @@ def load_checkpoint(path):
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path}: format {checkpoint['format']}; this version reads format {FORMAT}")
     kinds = dict(model=dict, arch=str, backbone=str, classes=list, data=str, root=str, anomaly=(list, type(None)),
-                 settings=dict, epoch=int, step=int, width=int, classifier=str, outlier=bool)   # older files lack the last
+                 settings=dict, epoch=int, step=int, width=int, classifier=str, outlier=bool)   # the last: see build()
     for key, kind in kinds.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise InputError(f"{path}: not {expected}: its {key} is of type {type(checkpoint[key]).__name__}")
