@@ -21,6 +21,7 @@ Sections: settings · models · losses · datasets · files · devices
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -1042,11 +1043,11 @@ def locked(path):
     """Hold the output `path` for this process; a second run that wants it is refused with InputError.
 
     The lock is the operating system's and ends with the process, however that ends; systems and file systems without
-    such locks go on without."""
-    path, held, file = Path(path), rank() > 0 or not fcntl, None
-    lock = path.with_name(f".{path.name}.lock")
+    such locks go on without. It lies beside the file that a symbolic link leads to."""
+    target, held, file = Path(os.path.realpath(path)), rank() > 0 or not fcntl, None
+    lock = target.with_name(f".{target.name}.lock")
     if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     while not held:
         file = open(lock, "w")
         try:
@@ -1122,7 +1123,7 @@ def save_json(path, value):
 def load_json(path):
     """InputError where the file is missing or no JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text("utf-8"))   # as save_json() writes, whatever the locale's encoding
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {e}")
 
@@ -1178,6 +1179,13 @@ def load_checkpoint(path, companion=False):
     if companion is not None and companion != ("companion_of" in checkpoint):
         told = f"{checkpoint.get('stage')} of another checkpoint, no segmenter" if not companion else "no student"
         raise InputError(f"{path}: {told}; expected {'--student' if companion else expected}")
+    kinds = dict(model=dict, arch=str, backbone=str, classes=list, data=str, root=str, anomaly=(list, type(None)),
+                 settings=dict, epoch=int, step=int, width=int, classifier=str, outlier=bool, flow=bool)
+    for key, kind in kinds.items():
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            raise InputError(f"{path}: not {expected}: its {key} is of type {type(checkpoint[key]).__name__}")
+    if not all(isinstance(name, str) for name in [*checkpoint["classes"], *(checkpoint["anomaly"] or ())]):
+        raise InputError(f"{path}: not {expected}: a class name is no text")
     if checkpoint["data"] not in DATASETS:
         raise InputError(f"{path}: made with the data set {checkpoint['data']}, which this version does not know; "
                          f"expected one of {', '.join(DATASETS)}")
@@ -1239,6 +1247,9 @@ def check_torchrun():
             os.environ.pop(n, None)    # the message comes from this process, whatever its rank was said to be
         raise InputError(f"the environment sets {', '.join(found)}, but {wrong[0]} is missing or no number: "
                          "unset them, or start with torchrun")
+    if rank() >= world():
+        raise InputError(f"the environment sets RANK={rank()} and WORLD_SIZE={world()}; expected a rank below it: "
+                         "unset them, or start with torchrun")
 
 
 def setup(device=None, tf32=False):
@@ -1263,7 +1274,12 @@ def setup(device=None, tf32=False):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if world() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        try:
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        except (RuntimeError, ValueError) as e:   # nobody there, or the port is another program's
+            raise InputError(f"process {rank()} of {world()} cannot join the others at {os.environ['MASTER_ADDR']}:"
+                             f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0][:200]}; expected torchrun's "
+                             "variables, or none")
     return device if use_cuda else torch.device("cpu")
 
 
@@ -1351,10 +1367,12 @@ class Unbroken:
         return self.unbroken(self.stream.flush)
 
     def unbroken(self, action, *args):
-        """Where nobody reads any more, the stream leads nowhere from now on."""
+        """Where nobody reads any more, the stream leads nowhere from now on. A full disk is an error all the same."""
         try:
             return action(*args)
-        except BrokenPipeError:
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):   # a closed pipe, a terminal that is gone
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -1383,9 +1401,10 @@ def cli(main):
         fail(f"error: {str(e).strip().rpartition('common.InputError: ')[2] or type(e).__name__}")
     except RuntimeError as e:
         first_line = str(e).splitlines()[0]
-        if "DataLoader worker" in str(e):
-            fail(f"error: {first_line}: a loader process ended, most likely for want of memory: lower --workers or "
-                 "--batch-size, or give the container more shared memory")
+        ended = next((str(x) for x in (e, e.__context__) if "DataLoader worker" in str(x)), None)
+        if ended:   # it interrupts whatever runs; torch.save puts an error of its own before it
+            fail(f"error: {ended.splitlines()[0]}: a loader process ended, most likely for want of memory: "
+                 "lower --workers or --batch-size, or give the container more shared memory")
         if torch.distributed.is_initialized() and re.search("(closed|reset) by peer|NCCL|connection was", str(e), re.I):
             fail(f"error: process {rank()} stopped, most likely because another one did ({first_line[:200]})")
         raise

@@ -143,7 +143,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
     count = count or count_pixels
     objective = objective or functools.partial(eq5, args)
     run = Run(f, data, args, device, groups)
-    with common.locked(run.out), contextlib.closing(batches(data, args, run, device)) as loader:
+    with lock(run), contextlib.closing(batches(data, args, run, device)) as loader:
         if not resume(run, settings):
             return
         net = prepare(f, args, run, device)
@@ -205,10 +205,13 @@ class Run:
         self.f, self.data, self.epochs = f, data, args.epochs
         self.batch_size = min(args.batch_size, len(data))
         if self.batch_size < 2 * common.world():
-            remedy = "give --batch-size 2 or more" if args.batch_size < 2 * common.world() else \
-                "add images, or start fewer processes"
-            raise common.InputError(f"a batch of {self.batch_size} images is too small for {common.world()} processes: "
-                                    f"batch norm on the pooled branch needs 2 images each; {remedy}")
+            n = common.world()
+            remedy = f"give --batch-size {2 * n} or more" if args.batch_size < 2 * n else "add images"
+            if n > 1:
+                remedy += ", or start fewer processes"
+            raise common.InputError(f"a batch of {self.batch_size} images is too small for {n} "
+                                    f"process{'es' * (n > 1)}: batch norm on the pooled branch needs 2 images each; "
+                                    f"{remedy}")
         self.n_steps = len(data) // self.batch_size                        # steps of an epoch
         self.t, self.total, self.first = 0, args.epochs * self.n_steps, 0  # steps done, of all, of earlier runs
         self.out = Path(args.out)
@@ -287,12 +290,25 @@ def beside(out, suffix):
     return out.with_name(out.name.removesuffix(".pt") + suffix)
 
 
+@contextlib.contextmanager
+def lock(run):
+    """Hold all three files of a run: --out x and --out x.pt share a log, --out x draws what --out x.png writes."""
+    with contextlib.ExitStack() as stack:
+        for path in (run.out, run.log_path, beside(run.out, ".png")):
+            stack.enter_context(common.locked(path))
+        yield
+
+
 def resume(run, settings):
     """Take model, optimiser and position from an earlier run of the same settings. False where it is complete."""
     out = run.out
     twin = beside(out, "" if out.name.endswith(".pt") else ".pt")
     if twin.is_file():
         raise common.InputError(f"{out}: {twin} is there, and both would log to {run.log_path}; expected another --out")
+    for path, begins in ((run.log_path, b"{"), (beside(out, ".png"), b"\x89PNG")):
+        if path.is_file() and not begins.startswith(start_of(path, len(begins))):    # a checkpoint, --out x.png?
+            raise common.InputError(f"{path}: this run to {out} would replace it, and no earlier one wrote it; "
+                                    "expected another --out")
     if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
         raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
     if out.exists() and not run.restart:
@@ -302,7 +318,11 @@ def resume(run, settings):
             common.say(f"{out} is complete ({epoch} epochs); --restart starts over")
             return False
         run.f.load_state_dict(checkpoint["model"])
-        run.optimiser.load_state_dict(checkpoint["optimiser"])
+        try:
+            run.optimiser.load_state_dict(checkpoint["optimiser"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise common.InputError(f"{out}: holds no state of the optimiser to continue from; "
+                                    "pass --restart to start over, or another --out")
         if run.tradi:
             run.tradi.load(checkpoint["tradi"])
         run.t = run.first = epoch * run.n_steps + step
@@ -316,9 +336,16 @@ def resume(run, settings):
     return True
 
 
+def start_of(path, size):
+    """The first `size` bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
 def trim_log(run):
     """Drop what was logged after the checkpoint: it is computed again."""
-    for leftover in run.out.parent.glob(f".{run.out.name}.tmp*"):   # of a run that was killed
+    target = Path(os.path.realpath(run.out))
+    for leftover in target.parent.glob(f".{target.name}.tmp*"):   # of a run that was killed
         leftover.unlink()
     lines = run.log_path.read_text().splitlines() if run.first and run.log_path.exists() else []
     values = [json.loads(line) for line in lines if line.endswith("}")]   # the last one may be half-written

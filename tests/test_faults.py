@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -70,15 +71,20 @@ def test_a_link_keeps_leading_to_its_target(small, tmp_path):
 
 def test_two_runs_of_one_output(small, tmp_path):
     """The second is refused while the first works, and changes nothing; the first ends as if alone."""
-    command = (*TRAIN, "--root", small / "toy", "--epochs", 9, "--save-every", 0)
+    command = (*TRAIN, "--root", small / "toy", "--epochs", 12, "--save-every", 0)
     first = start(*command, folder=tmp_path)
     assert wait_for(lambda: (tmp_path / "pretrained.pt").exists(), first)
-    (tmp_path / "elsewhere").mkdir()
-    one_line(run(*command, "--out", tmp_path / "pretrained.pt", "--restart", folder=tmp_path / "elsewhere"),
-             "pretrained.pt: another run is writing it")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "link.pt").symlink_to("../pretrained.pt")
+    for out in ("../pretrained.pt", "link.pt"):
+        one_line(run(*command, "--out", out, "--restart", folder=elsewhere), f"{out}: another run is writing it")
+    # Another checkpoint, but a file that the first writes at its end
+    one_line(run(*command, "--out", "../pretrained.png", folder=elsewhere),
+             "pretrained.png: another run is writing it")
     assert finish(first, tmp_path).code == 0
     steps = [json.loads(line)["step"] for line in lines(tmp_path / "pretrained.jsonl") if "loss" in line]
-    assert steps == list(range(1, 28)) and not list(tmp_path.glob(".*"))
+    assert steps == list(range(1, 37)) and not list(tmp_path.rglob(".*"))
 
 
 # ─────────────────────────────────────────── labels, loader processes ───────────────────────────────────────────
@@ -101,6 +107,29 @@ def test_an_error_in_a_loader_process_ends_the_run(other_labels, tmp_path, worke
     root = other_labels(("train",), lambda ids: np.full_like(ids, 99))
     done = run(*TRAIN, "--root", root, "--workers", workers, folder=tmp_path)    # finish() gives up after 120 s
     one_line(done, "id 99", "expected")
+
+
+def test_a_loader_process_that_is_killed_ends_the_run(small, tmp_path):
+    p = start(*TRAIN, "--root", small / "toy", "--epochs", 2000, "--workers", 2, "--val-every", 2000, folder=tmp_path)
+    assert wait_for(lambda: len(lines(tmp_path / "pretrained.jsonl")) >= 2, p)
+    with open(f"/proc/{p.pid}/task/{p.pid}/children") as file:
+        os.kill(int(file.read().split()[0]), signal.SIGKILL)
+    one_line(finish(p, tmp_path), "DataLoader worker", "lower --workers")
+
+
+def test_the_end_of_a_loader_process_behind_another_error(monkeypatch, capsys):
+    """It is an exception wherever the main process is: torch.save ends with an error of its own."""
+    def main():
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        finally:
+            raise RuntimeError("[enforce fail] unexpected pos")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)    # cli() changes them
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    with pytest.raises(SystemExit):
+        common.cli(main)
+    err = capsys.readouterr().err
+    assert err.startswith("error: DataLoader worker (pid 7)") and err.count("\n") == 1, err
 
 
 # ─────────────────────────────────────────── streams and encodings ───────────────────────────────────────────
@@ -135,10 +164,30 @@ def test_streams_that_nobody_reads(small, tmp_path, redirect):
             and (tmp_path / "pretrained.png").exists())
 
 
-def test_help_under_ascii(tmp_path):
-    """Plain processes with ASCII output, without the script's folder on the path: test_scripts.pipeline."""
-    for script in ("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py"):
-        assert "usage:" in run_ok(script, "--help", folder=tmp_path, before=narrow("ascii")).out
+def test_a_terminal_that_is_gone(small, tmp_path):
+    """Its writes fail in another way than those to a closed pipe; the training goes on."""
+    terminal, inner = os.openpty()
+    name = os.ttyname(inner)
+    p = start(*TRAIN, "--root", small / "toy", "--epochs", 12, folder=tmp_path,
+              before=f"import os, sys\nfor n in (1, 2): os.dup2(os.open({name!r}, os.O_RDWR | os.O_NOCTTY), n)\n"
+                     "sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))")
+    assert wait_for(lambda: lines(tmp_path / "pretrained.jsonl"), p), os.read(terminal, 9999)
+    os.close(inner)
+    os.close(terminal)
+    assert finish(p, tmp_path).code == 0 and (tmp_path / "pretrained.png").exists()
+
+
+def test_a_full_disk_behind_a_stream_is_an_error():
+    stream = common.Unbroken(open("/dev/full", "w", buffering=1))
+    with pytest.raises(OSError, match="No space"):
+        stream.write("a line\n")
+
+
+def test_help_in_a_narrow_encoding_and_without_the_scripts_folder(tmp_path):
+    for script, encoding in zip(("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py"),
+                                ("ascii", "cp1252") * 2):
+        code, out, err = plain("-P", REPO / script, "--help", folder=tmp_path, PYTHONIOENCODING=encoding)
+        assert code == 0 and b"usage:" in out and not err, err
 
 
 # ───────────────────────────────────────── signals, torchrun, numbers ─────────────────────────────────────────
@@ -158,12 +207,22 @@ def test_signals_save_and_leave(small, tmp_path, name):
 
 @pytest.mark.parametrize("env", (dict(RANK="1"), dict(WORLD_SIZE="2"), dict(RANK=""), dict(RANK="1", WORLD_SIZE="2"),
                                  dict(LOCAL_RANK="x"), dict(RANK="0", WORLD_SIZE="two", LOCAL_RANK="0", MASTER_ADDR="h",
-                                                            MASTER_PORT="1")))
+                                                            MASTER_PORT="1"),
+                                 dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1")))
 @pytest.mark.parametrize("script", ("pretrain.py", "evaluate.py"))
 def test_variables_left_over_from_torchrun(tmp_path, env, script):
     done = finish(start(script, folder=tmp_path, **env), tmp_path, env.get("RANK", ""))
     one_line(done, next(iter(env)), "unset them, or start with torchrun")
     assert not names(tmp_path)
+
+
+def test_a_port_that_another_program_has(small, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        env = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=str(s.getsockname()[1]))
+        one_line(finish(start("evaluate.py", folder=tmp_path, **env), tmp_path, "0"), "cannot join", env["MASTER_PORT"])
 
 
 def test_any_seed(small, tmp_path):

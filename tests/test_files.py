@@ -2,8 +2,10 @@
 and the segmentation metrics against sklearn."""
 import io
 import json
+import locale
 import os
 import pickle
+import sys
 import time
 import zipfile
 from types import SimpleNamespace
@@ -115,6 +117,17 @@ def test_json_round_trip(tmp_path):
     assert common.load_json(tmp_path / "a.json") == value == json.loads((tmp_path / "a.json").read_text("utf-8"))
 
 
+@pytest.mark.skipif(sys.flags.utf8_mode, reason="this Python reads UTF-8 in any locale")
+def test_json_does_not_depend_on_the_locale(tmp_path):
+    before = locale.setlocale(locale.LC_CTYPE)
+    common.save_json(tmp_path / "a.json", ["Fußgänger"])
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")
+        assert common.load_json(tmp_path / "a.json") == ["Fußgänger"]
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+
 @pytest.mark.parametrize("content", (None, b"", b"{\"a\": 1", b"\xff\xfe\x00"))
 def test_bad_json(tmp_path, content):
     path = tmp_path / "manifest.json"
@@ -222,6 +235,16 @@ def test_checkpoint_of_another_model(saved, tmp_path, change, words):
     path = tmp_path / "ft.pt"
     common.save_checkpoint(path, contents(saved[1], **change))
     refused(common.load_checkpoint, path, *words)
+
+
+@pytest.mark.parametrize("change", (dict(classes=5), dict(classes=[1, 2, 3]), dict(data=["toy"]), dict(root=None),
+                                    dict(anomaly=5), dict(anomaly=[5]), dict(settings=None), dict(epoch="3"),
+                                    dict(step=[2]), dict(arch=["deeplabv3"]), dict(backbone={}), dict(width="64"),
+                                    dict(classifier=5), dict(outlier="yes")))
+def test_checkpoint_with_values_of_other_types(saved, tmp_path, change):
+    path = tmp_path / "ft.pt"
+    common.save_checkpoint(path, contents(saved[1], **change))
+    refused(common.load_checkpoint, path)
 
 
 def test_checkpoint_of_another_format(saved, tmp_path):

@@ -132,8 +132,29 @@ def test_learning_rate(tmp_path, signals, schedule):
 
 
 def test_a_batch_too_small_is_refused(tmp_path, signals):
-    with pytest.raises(common.InputError, match="batch of 1 images is too small"):
-        train(Images(1), tmp_path / "f.pt")
+    with pytest.raises(common.InputError, match="batch of 1 images is too small for 1 process: .* add images$"):
+        train(Images(1), tmp_path / "f.pt", batch_size=4)
+
+
+@pytest.mark.parametrize("name, out", (("x.png", "x"), ("x.png", "x.pt"), ("x.jsonl", "x")))
+def test_no_run_replaces_what_another_wrote(tmp_path, signals, name, out):
+    """A checkpoint may be called as the plot or the log of another run would be."""
+    train(Images(3), tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(common.InputError, match=f"{name}: this run to .*{out} would replace it"):
+        train(Images(3), tmp_path / out)
+    assert (tmp_path / name).read_bytes() == before and not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize("optimiser", (None, 5, dict(state={}, param_groups=[])))
+def test_a_checkpoint_without_its_optimiser(tmp_path, signals, monkeypatch, optimiser):
+    train(Images(3), tmp_path / "f.pt")
+    checkpoint = dict(torch.load(tmp_path / "f.pt", weights_only=True), optimiser=optimiser)
+    if optimiser is None:
+        del checkpoint["optimiser"]
+    monkeypatch.setattr(common, "load_checkpoint", lambda path: (None, checkpoint))   # Net is no Segmenter
+    with pytest.raises(common.InputError, match="f.pt: holds no state of the optimiser"):
+        train(Images(3), tmp_path / "f.pt", epochs=2)
 
 
 def test_a_step_to_weights_that_are_not_finite(tmp_path, signals):
