@@ -350,8 +350,8 @@ class MaskDecoder(nn.Module):
 class QueryLayer(nn.Module):
     """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
 
-    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Rai et al., "Unmasking anomalies in road-scene
-    segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2, and the two are added."""
+    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly: Rai et al., "Unmasking anomalies
+    in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2, and the two are added."""
 
     def __init__(self, C, attention):
         super().__init__()
@@ -400,7 +400,7 @@ def log_mixture(classes, masks):
     return p.clamp(min=1e-30).log()
 
 
-# SynthCP (Xia et al., "Synthesize then compare", ECCV 2020): an image from a label map, by SPADE (Park et al., CVPR 2019)
+# SynthCP (Xia et al., "Synthesize then compare", ECCV 2020): images from label maps, by SPADE (Park et al., CVPR 2019)
 
 class Spade(nn.Module):
     """Batch norm, scaled and shifted pixel by pixel by convolutions of the label map: x · (1 + γ(Y)) + β(Y)."""
@@ -503,8 +503,8 @@ class Synthesizer(nn.Module):
         return self.generator(Y)
 
     def outputs(self, pair):
-        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D as its own loss sees it; judged: D(G(Y)) as
-        G's loss sees it)."""
+        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D(X), D(G(Y)) as D's loss sees them; judged:
+        D(G(Y)) as G's does)."""
         Y, X = pair
         image = self.generator(Y)
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
@@ -519,9 +519,9 @@ def one_hot(Z, N):
 
 
 def build_backbone(arch, name):
-    """The backbone of an architecture: images (B, 3, H, W) → {"out": the last map} or, of PYRAMIDS, the maps of all TAPS.
+    """The backbone of an architecture: images (B, 3, H, W) → {"out": the last map} or, of PYRAMIDS, all maps of TAPS.
 
-    PYRAMIDS have the strides of classification; the others hold the resolution by dilation (Chen et al. 2017, Sec. 3.1).
+    PYRAMIDS have the strides of classification; the others dilate to hold the resolution (Chen et al. 2017, Sec. 3.1).
     """
     dilated = arch not in PYRAMIDS
     if name.startswith("resnet"):
@@ -635,8 +635,8 @@ def mask_losses(z, t):
 def match(cost, present):
     """The cheapest assignment of queries to the classes that an image holds, of each prediction and image.
 
-    cost (L, B, Q, N); present (B, N) bool → (l, b, q, c), four int64 (n,) index tensors. Where an image has more classes
-    than there are queries, some stay without."""
+    cost (L, B, Q, N); present (B, N) bool → (l, b, q, c), int64 (4, n). Where an image has more classes than there are
+    queries, some stay without."""
     cost, present = cost.nan_to_num().cpu().numpy(), present.cpu().numpy()        # one wait for the device
     rows = [np.empty((4, 0), np.int64)]
     for l, b in np.ndindex(cost.shape[:2]):

@@ -10,6 +10,8 @@
     python evaluate.py --ckpt ft.pt --baseline pretrained.pt
     python evaluate.py --ckpt ft.pt --score msp entropy maxlogit energy dropout crf
     python evaluate.py --ckpt seed0.pt seed1.pt seed2.pt            # Deep Ensemble
+    python evaluate.py --ckpt m2f.pt --score maxlogit maskomaly     # made with pretrain.py --arch mask2former
+    python evaluate.py --ckpt pretrained.pt --score synthcp --generator generator.pt
     python evaluate.py --ckpt ft.pt --images photographs/           # no labels: overlays and raw scores
     torchrun --nproc-per-node 8 evaluate.py                         # the same numbers
 
@@ -45,7 +47,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
 
-EXTRA_SCORES = ("dropout", "crf")
+EXTRA_SCORES = ("dropout", "crf", "maskomaly", "synthcp")
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -85,6 +87,21 @@ def parse():
     g.add_argument("--crf-iterations", type=common.whole(), default=10,
                    help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of the dropout masks (default: 0)")
+    g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
+    g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
+                   "of these classes, where at least two are found with confidence (default: off)")
+    g.add_argument("--queries-from", metavar="PLACE", help="--score maskomaly: find the queries whose masks are "
+                   "anomalies on a folder of mgu_generate.py (its D_s), or on this split of the checkpoint's data, "
+                   "which must hold anomalies and not be evaluated itself (default: rejection alone)")
+    g.add_argument("--ground", metavar="CLASS", help="with it: and the two of this class, road for instance, which are "
+                   "no anomaly (default: none)")
+    g.add_argument("--lambda", dest="lam", type=common.real(0), default=0.6, metavar="λ", help="with it: share of the "
+                   "rejection (default: 0.6, as published)")
+    g.add_argument("--border", type=common.real(0), default=0.0, help="--score maskomaly: rejection is 0 where two "
+                   "masks exceed this, their common border (as published: 0.1; default: 0, off)")
+    g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis")
+    g.add_argument("--synthcp-threshold", type=common.real(0), default=0.999, help="--score synthcp: compare with the "
+                   "synthesis where max S is not above this (default: 0.999, of the public code)")
     g = p.add_argument_group("figures")
     g.add_argument("--panels", nargs="+", default=["4"], metavar="N|NAME",
                    help="the N images with the largest anomalies, or images whose path ends in these names, such as "
@@ -190,6 +207,134 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
     return log_Q
 
 
+# Mask networks. What one said of an image: p (B, Q, N + 1), the last class ∅; m (B, Q, H, W), the probability of a
+# pixel to belong to the mask of query q. s_q = max_c p_q(c), ∅ too; c_q = arg max.
+
+def masks_of(output, size):
+    """(p, m) of the f.outputs(X) of a mask network, m at the size of the image. InputError for another network."""
+    if "sets" not in output:
+        raise common.InputError("--score maskomaly, --refine: expected checkpoints of --arch mask2former")
+    classes, masks = output["sets"][-1]
+    return classes.softmax(2), common.upsample(masks, size).sigmoid()
+
+
+def strongest(weight, m):
+    """max_q weight_q m_q: (B, Q), (B, Q, H, W) → (B, H, W); 0 where no query has a weight."""
+    return (weight[..., None, None] * m).amax(1)
+
+
+def refine(score, p, m, classes):
+    """Mask2Anomaly's refinement (Rai et al., ICCV 2023, Sec. 3.4) of −max_c log p̂_c (B, H, W), the order of a · R with
+    a = 1 − max p̂: 0 where a query of these classes with s_q > 0.95 has s_q m_q ≥ 1/2, if at least two are so sure."""
+    s, c = p.max(2)
+    sure = (s > 0.95) & torch.isin(c, torch.tensor(classes, device=c.device))                # (B, Q)
+    inside = (strongest(s * sure, m) >= 0.5) & (sure.sum(1) >= 2).view(-1, 1, 1)
+    return torch.where(inside, 0.0, score)
+
+
+def score_maskomaly(p, m, anomaly=(), ground=(), lam=0.6, border=0.0):
+    """Maskomaly (Ackermann et al., BMVC 2023): λ · A_rej + (1 − λ) · A_anom, (B, H, W) in [0, 1].
+
+    A_rej = 1 − max {s_q m_q: c_q ≠ ∅, s_q > 0.7}; 0 where two masks of classes exceed `border`; at most what the
+    `ground` queries leave. A_anom = max s_q m_q of the `anomaly` queries, which mostly have class ∅. Without any: A_rej
+    alone. ASSUMPTION: the border is off unless asked for: it zeroes small anomalies at the edge of two masks."""
+    s, c = p.max(2)
+    of_class = c < p.shape[2] - 1
+    rejected = 1 - strongest(s * (of_class & (s > 0.7)), m)
+    if border:
+        two = ((m > border) & of_class[..., None, None]).sum(1) >= 2
+        rejected = torch.where(two, 0.0, rejected)
+    if len(ground):
+        rejected = torch.minimum(rejected, 1 - strongest(s[:, ground], m[:, ground]))
+    if not len(anomaly):
+        return rejected
+    return lam * rejected + (1 - lam) * strongest(s[:, anomaly], m[:, anomaly])
+
+
+def labelled_anomalies(place, ckpt):
+    """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
+    the anomaly, or of a split of the checkpoint's data."""
+    if place in common.SPLITS:
+        checkpoint = common.load_checkpoint(ckpt)[1]
+        scenes = common.Scenes(checkpoint["data"], common.data_root(None, checkpoint), place, checkpoint["anomaly"])
+        for item in (scenes[i] for i in range(len(scenes))):
+            yield item["image"], item["label"], item["label"] == common.ANOMALY
+    else:
+        for name in common.load_json(Path(place) / "manifest.json")["samples"]:
+            sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
+                      if k in ("image", "label", "unknown")}
+            yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]
+
+
+def rank_queries(f, items, device, ground=None):
+    """(anomaly queries, ground queries): the four and the two with the largest mean IoU of {m_q > 0.9} with the anomaly
+    and with class `ground` (None: no ground query), over the images that hold it. `items`: of labelled_anomalies()."""
+    found = dict(anomaly=[], ground=[])
+    for image, Z, anomalous in items:
+        X = common.to_input(image[None], device)
+        mine = masks_of(f.outputs(X), X.shape[-2:])[1][0].cpu() > 0.9                        # (Q, H, W)
+        valid = (Z != common.IGNORED) | anomalous
+        for name, mask in (("anomaly", anomalous), ("ground", torch.zeros_like(anomalous) if ground is None
+                                                    else Z == ground)):
+            if mask.any():
+                found[name].append((mine & mask).sum((1, 2)) / ((mine | mask) & valid).sum((1, 2)))
+    best = lambda ious, n: torch.stack(ious).mean(0).topk(min(n, len(ious[0]))).indices.tolist() if ious else []
+    return best(found["anomaly"], 4), best(found["ground"], 2)
+
+
+def prepare_mask_score(name, fs, args, device):
+    """score(X, seen, index) of --score maskomaly and of maxlogit with --refine."""
+    each = lambda X, seen: [masks_of(o, X.shape[-2:]) for o in seen["each"]]
+    if name == "maxlogit":
+        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
+        classes = common.class_indices(args.refine, of, "--refine")
+        return lambda X, seen, index: torch.stack([refine(score_maxlogit(o["logits"]), *pm, classes)
+                                                   for o, pm in zip(seen["each"], each(X, seen))]).mean(0)
+    queries = [((), ())] * len(fs)
+    if args.queries_from:
+        if args.queries_from == args.split:
+            raise common.InputError(f"--queries-from {args.split}: the queries would be chosen on the images that are "
+                                    "evaluated; expected others")
+        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
+        ground = common.class_indices([args.ground], of, "--ground")[0] if args.ground else None
+        queries = [rank_queries(f, labelled_anomalies(args.queries_from, args.ckpt[0]), device, ground) for f in fs]
+        for anomaly, of_ground in queries:
+            if not anomaly:
+                raise common.InputError(f"{args.queries_from}: no anomalous pixel; expected images that hold some")
+            common.say(f"maskomaly: anomaly queries {anomaly}, ground queries {of_ground}, of {args.queries_from}")
+    return lambda X, seen, index: torch.stack([score_maskomaly(*pm, *q, args.lam, args.border)
+                                               for pm, q in zip(each(X, seen), queries)]).mean(0)
+
+
+def score_synthcp(log_S, a, b, threshold=0.999):
+    """SynthCP's comparison (Xia et al., ECCV 2020; public code): −max S where it exceeds the threshold, and elsewhere
+    −cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W)."""
+    top = log_S.amax(1).exp()
+    alike = common.upsample(nn.functional.cosine_similarity(a, b, dim=1)[:, None], top.shape[-2:]).squeeze(1)
+    return -torch.where(top > threshold, top, alike)
+
+
+def prepare_synthcp(fs, args, device):
+    """score(X, seen, index) of --score synthcp: x̂ = G(arg max f(X)), compared with X in the activated embedding.
+
+    InputError for a generator that was made for another checkpoint.
+    ASSUMPTION: the embedding, where the public code has PSPNet's pooled maps, at one scale in place of five."""
+    if not args.generator:
+        raise common.InputError("--score synthcp needs --generator: a checkpoint of finetune.py --synthesis")
+    G, generator = common.load_checkpoint(args.generator, (common.Synthesizer.arch,))
+    for path in (*args.ckpt, *args.baseline):
+        if common.fingerprint(path) != generator["companion_of"]:
+            raise common.InputError(f"{args.generator}: made for another checkpoint ({generator['companion_of']}) than "
+                                    f"{path} ({common.fingerprint(path)}); run finetune.py --synthesis --ckpt {path}")
+    f, G = fs[0], G.to(device).requires_grad_(False)
+
+    def score(X, seen, index):
+        image = G(common.one_hot(seen["logits"].argmax(1), f.num_classes))
+        a, b = (f.activation(e) for e in (seen["each"][0]["embedding"], f.embed(image)))
+        return score_synthcp(seen["log_S"], a, b, args.synthcp_threshold)
+    return score
+
+
 def prepare_scores(fs, names, args, device):
     """{name: score}, where score(X, seen, index) → (B, H, W): whatever a score needs beside an image is made here, once.
 
@@ -215,6 +360,10 @@ def prepare_scores(fs, names, args, device):
             made[name] = dropout
         elif name == "crf":
             made[name] = crf
+        elif name == "maskomaly" or (name == "maxlogit" and args.refine):
+            made[name] = prepare_mask_score(name, fs, args, device)
+        elif name == "synthcp":
+            made[name] = prepare_synthcp(fs, args, device)
         else:
             made[name] = functools.partial(of_mixture if name in ("msp", "entropy") else of_logits, score=SCORES[name])
     return made

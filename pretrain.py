@@ -61,8 +61,8 @@ def parse():
                    help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
     g.add_argument("--width", type=common.whole(), help="channels of the fpn and mask2former heads (ours: 256; toy, "
                    "camvid: 64)")
-    g.add_argument("--attention", choices=common.ATTENTIONS, help="mask2former: where a query looks: at its own mask, or "
-                   "by a second attention at the rest too, as in Mask2Anomaly (ours: masked)")
+    g.add_argument("--attention", choices=common.ATTENTIONS, help="mask2former: where a query looks: at its own mask, "
+                   "or by a second attention at the rest too, as in Mask2Anomaly (ours: masked)")
     g.add_argument("--queries", type=common.whole(), help="mask2former: number of them (ours: 100; toy, camvid: 32)")
     g.add_argument("--decoder-layers", type=common.whole(), help="mask2former (ours: 9; toy, camvid: 3)")
     g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; "
