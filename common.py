@@ -350,8 +350,8 @@ class MaskDecoder(nn.Module):
 class QueryLayer(nn.Module):
     """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
 
-    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly: Rai et al., "Unmasking anomalies
-    in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2, and the two are added."""
+    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly; Rai et al., "Unmasking anomalies
+    in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2; the two are added."""
 
     def __init__(self, C, attention):
         super().__init__()
@@ -624,7 +624,7 @@ def mask_losses(z, t):
     ASSUMPTION: all cells at stride 4, where the publication draws 12 544 points; no random number, a closed form."""
     k = t.sum(1, keepdim=True)                                                    # (B, 1, S)
     # −Σ [t log m + (k − t) log(1 − m)] / Σ k, with −log m = softplus(−z) and −log(1 − m) = z + softplus(−z)
-    bce = (F.softplus(-z) @ k.mT + z @ (k - t).mT) / k.sum(2, keepdim=True).clamp(min=1)
+    bce = (F.softplus(-z) @ k.mT + z @ (k - t).mT) / k.sum(2, keepdim=True).clamp(min=1e-6)
     m = z.sigmoid()
     # 1 − (2 Σ m t + 1) / (Σ m k + Σ t + 1)
     dice = 1 - (2 * (m @ t.mT) + 1) / (m @ k.mT + t.sum(2).unsqueeze(-2) + 1)
@@ -655,7 +655,7 @@ def loss_sets(sets, Z, known, n_masks=None, n_images=None):
     matched masks and the images of the whole batch, where this is a part of it."""
     classes, z = (torch.stack(v) for v in zip(*sets))                             # (L, B, Q, N + 1), (L, B, Q, h, w)
     *_, Q, N = classes[..., 1:].shape
-    t = F.interpolate(one_hot(Z, N) * known[:, None], z.shape[-2:], mode="area").flatten(2)        # (B, N, hw)
+    t = F.interpolate(one_hot(Z, N) * known[:, None], z.shape[-2:], mode="area").flatten(2).to(z.dtype)   # (B, N, hw)
     log_p, (bce, dice) = classes.log_softmax(3), mask_losses(z.flatten(3), t)
     present = t.sum(2) > 0
     matched = match(-2 * log_p[..., :-1].exp() + 5 * bce + 5 * dice, present).to(z.device)

@@ -63,14 +63,14 @@ def parse():
     g.add_argument("--alpha", type=common.real(0),
                    help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3; margin: 1)")
     g.add_argument("--margin", type=common.real(0, above=True), default=0.75,
-                   help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, as published)")
+                   help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, published)")
     g.add_argument("--margin-published", action="store_true", help="--loss margin: −max p̂ in place of 1 − max p̂, as "
                    "published, which lowers the confidence on D_k too (default: off)")
     g = p.add_argument_group("SynthCP")
     g.add_argument("--synthesis", action="store_true", help="nothing is fine-tuned: train a generator of images from "
                    "label maps, and its discriminator, on the training split (no auxiliary set, no objective above)")
-    g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the first "
-                   "one's (SynthCP: 64; toy, camvid: 8)")
+    g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
+                   "first one's (SynthCP: 64; toy, camvid: 8)")
     pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet) or, of "
                             "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40)", micro_batch=16)
     args = p.parse_args()
@@ -251,8 +251,8 @@ def known_unknown_data(args, checkpoint, root):
 # ─────────────────────────────────────── systems of the related work ───────────────────────────────────────
 
 def margin_objective(args, net, part, counts):
-    """Mask2Anomaly (Rai et al., ICCV 2023): L_k + α · loss_margin, of a part of the batch. L_k is Mask2Former's loss for
-    a mask network, and cross-entropy for the others, whose confidence is max S."""
+    """Mask2Anomaly (Rai et al., ICCV 2023): L_k + α · loss_margin, of a part of the batch. L_k is Mask2Former's loss
+    for a mask network, and cross-entropy for the others, whose confidence is max S."""
     found = net(common.to_input(part["image"]))
     where = part["label"], part["unknown"], args.alpha
     if "sets" in found:
