@@ -302,8 +302,8 @@ def synthesize(args, f, checkpoint, device):
     common.say(common.resolve(args, "synthesis", checkpoint["data"]))
     root, trained = common.data_root(args.root, checkpoint), checkpoint["settings"]
     with common.first_rank_first():
-        data = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=args.seed)
-    data.crop, data.scale = trained.get("crop") or data[0]["label"].shape, trained.get("scale", (1, 1))
+        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=args.seed)
+    data.crop, data.scale = trained.get("crop") or data.decode(0)[1].shape, trained.get("scale", (1, 1))
     f = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     model = common.Synthesizer(f.backbone_name, f.num_classes, args.generator_width)
