@@ -49,7 +49,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead
 from tqdm import tqdm
@@ -69,11 +71,11 @@ PAPER = {   # Section IV-A
     "mgu": dict(per_class=300),
     "finetune": dict(epochs={"deeplabv3": 10, "pspnet": 30, "fpn": 10},   # fpn is not the paper's: as deeplabv3
                      batch_size=256, lr=1e-4, alpha=0.05, loss="er"),
-    "prototypes": {}, "distill": {},
+    "prototypes": {}, "distill": {}, "synthesis": {},   # systems of the related work
 }
 OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "pretrain": dict(backbone="resnet50", weights="imagenet", crop=(512, 512), scale=(0.5, 2.0),
-                     schedule="constant", bn="train", width=256),
+                     schedule="constant", bn="train", width=256, attention="masked", queries=100, decoder_layers=9),
     "mgu": dict(step_size=5.0, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", negatives="mgu", unknown="flipped", images="aux", mix="none",
                      gamma=0.0, cut="side", paste_range=(0.02, 0.49), pure=0.0, paste_control="none",
@@ -81,6 +83,7 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each
     "prototypes": dict(epochs=30, batch_size=8, lr=1e-2, schedule="constant"),
     "distill": dict(epochs=115, batch_size=16, lr=1e-4, schedule="constant", bn="train",       # DiCNet's own code
                     student_backbone="mobilenet_v3_large"),
+    "synthesis": dict(epochs=200, batch_size=16, lr=1e-4, schedule="poly", bn="train", generator_width=64),  # SynthCP's
 }
 RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
              # leaves open was chosen for them on other images than the test images (tests/results/README.md)
@@ -88,13 +91,15 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
     "bdd": {},
     "camvid": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=40, batch_size=8,
-                         lr=1e-3, crop=(180, 240), scale=(0.75, 1.5), schedule="poly"),
+                         lr=1e-3, crop=(180, 240), scale=(0.75, 1.5), schedule="poly", queries=32, decoder_layers=3),
+        "synthesis": dict(epochs=40, batch_size=8, lr=4e-4, generator_width=8),
         "mgu": dict(per_class=20, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
         "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
     "toy": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
-                         lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly"),
+                         lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly", queries=32, decoder_layers=3),
+        "synthesis": dict(epochs=8, batch_size=8, lr=4e-4, generator_width=8),
         "mgu": dict(per_class=10, step_size=10.0, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
         "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
@@ -155,7 +160,9 @@ def real(low=0.0, above=False):
 
 # ──────────────────────────────────────────────── models ────────────────────────────────────────────────
 
-ARCHS = ("deeplabv3", "pspnet", "fpn")
+ARCHS = ("deeplabv3", "pspnet", "fpn", "mask2former")
+PYRAMIDS = ("fpn", "mask2former")   # heads that see the maps of all strides of an undilated backbone
+ATTENTIONS = ("masked", "global")   # of mask2former: Mask2Former's, Mask2Anomaly's
 CLASSIFIERS = ("linear", "cosine")
 BACKBONES = {   # ImageNet weights: those of torchvision's own segmentation models, and MobileNetV2's of the same recipe
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
@@ -198,13 +205,17 @@ class FeaturePyramid(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.fuse = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
 
-    def forward(self, maps):
+    def levels(self, maps):
+        """The lateral sums at strides 32, 16, 8, 4."""
         lateral = [conv(x) for conv, x in zip(self.lateral, maps.values())]
-        x = lateral.pop()                                                 # stride 32
+        sums = [lateral.pop()]                                            # stride 32
         while lateral:
             finer = lateral.pop()                                         # 16, 8, 4
-            x = finer + upsample(x, finer.shape[-2:]).to(finer.dtype)
-        return self.fuse(x)
+            sums.append(finer + upsample(sums[-1], finer.shape[-2:]).to(finer.dtype))
+        return sums
+
+    def forward(self, maps):
+        return self.fuse(self.levels(maps)[-1])
 
 
 def upsample(x, size):
@@ -246,15 +257,16 @@ class Segmenter(nn.Module):
 
     arch "deeplabv3" is torchvision's (Chen et al. 2017), "pspnet" pyramid pooling on the same dilated backbones, both
     at output stride 8 (DeepLabv3 on a MobileNet: 16, torchvision's choice); "fpn" is Semantic FPN of `width` channels,
-    at stride 4. Heads: classifier "linear" or "cosine"; `outlier` adds one logit a pixel, P(unknown) = σ(d); `flow` a
+    at stride 4. "mask2former" has the same pyramid, and MaskDecoder in place of a classifier; its logits are log p̂ of
+    log_mixture(). Heads: classifier "linear" or "cosine"; `outlier` adds one logit a pixel, P(unknown) = σ(d); `flow` a
     RealNVP, which f carries for fine-tuning and does not use itself.
     Raises InputError for other names.
     ASSUMPTION: no auxiliary heads (the paper states L_k alone); ImageNet normalisation is part of f, so that X' and η
     are in image units.
     """
 
-    def __init__(self, arch, backbone, num_classes, width=256, classifier="linear", outlier=False,
-                 flow=False):
+    def __init__(self, arch, backbone, num_classes, width=256, classifier="linear", outlier=False, flow=False,
+                 attention="masked", queries=100, decoder_layers=9):
         super().__init__()
         if arch not in ARCHS or backbone not in BACKBONES or classifier not in CLASSIFIERS:
             raise InputError(f"no such model: {arch} on {backbone} with a {classifier} classifier; "
@@ -276,6 +288,12 @@ class Segmenter(nn.Module):
             self.head = FeaturePyramid(channels, width)
             self.classifier = nn.Conv2d(width, num_classes, 1)
         C = self.classifier.in_channels
+        self.decoder = None
+        if arch == "mask2former":
+            if classifier != "linear" or width % 4:
+                raise InputError(f"no such model: mask2former of width {width} with a {classifier} classifier; "
+                                 "expected a multiple of 4, and linear")
+            self.classifier, self.decoder = None, MaskDecoder(width, num_classes, queries, decoder_layers, attention)
         if classifier == "cosine":
             self.classifier = CosineClassifier(C, num_classes)
         self.outlier = nn.Conv2d(C, 1, 1) if outlier else None
@@ -286,16 +304,29 @@ class Segmenter(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
+    def maps(self, X):
+        """What the head sees: the backbone's last map or, of PYRAMIDS, {stride: map}."""
+        maps = self.backbone((X - self.mean) / self.std)
+        return maps if self.arch in PYRAMIDS else maps["out"]
+
     def embed(self, X):
         """The embedding (B, C, h, w): the penultimate map before its activation."""
-        maps = self.backbone((X - self.mean) / self.std)
-        return self.head(maps if self.arch == "fpn" else maps["out"])
+        return self.head(self.maps(X))
 
     def outputs(self, X):
-        """For losses and scores: dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)])."""
-        embedding = self.embed(X)
-        x = self.activation(embedding)
-        found = dict(embedding=embedding, logits=upsample(self.classifier(x).float(), X.shape[-2:]))
+        """dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)][, sets: what MaskDecoder
+        predicts]): what losses and scores see."""
+        if self.decoder:
+            *levels, finest = self.head.levels(self.maps(X))
+            embedding = self.head.fuse(finest)
+            x = self.activation(embedding)
+            sets = self.decoder(levels, x)
+            classes, masks = sets[-1]
+            found = dict(embedding=embedding, sets=sets, logits=log_mixture(classes, upsample(masks, X.shape[-2:])))
+        else:
+            embedding = self.embed(X)
+            x = self.activation(embedding)
+            found = dict(embedding=embedding, logits=upsample(self.classifier(x).float(), X.shape[-2:]))
         if self.outlier:
             found["outlier"] = upsample(self.outlier(x).float(), X.shape[-2:]).squeeze(1)
         return found
@@ -311,11 +342,223 @@ def bare(f):
     return f
 
 
-def build_backbone(arch, name):
-    """The backbone of an architecture: images (B, 3, H, W) → {"out": the last map} or, for "fpn", the maps of all TAPS.
+class MaskDecoder(nn.Module):
+    """Mask2Former's transformer decoder (Cheng et al., CVPR 2022, Sec. 3.2): Q queries, each a class and a mask.
 
-    "fpn" has the strides of classification; the others hold the resolution by dilation (Chen et al. 2017, Sec. 3.1)."""
-    dilated = arch != "fpn"
+    levels: maps at strides 32, 16, 8, which the layers look at in turn; x: the activated embedding; all (B, C, h, w).
+    → [(class logits (B, Q, N + 1), the last one ∅; mask logits (B, Q, H/4, W/4)), …], before the first layer and after
+    each; the last pair is the network's. A pixel of query q's mask: m_q = σ(mask logit).
+    ASSUMPTION: the pixel decoder is the pyramid of "fpn" to its last convolution (where the publication has deformable
+    attention), so that the two differ by the kind of classification alone; 8 heads, FFN of 8 C, post-norm, no dropout,
+    as published."""
+
+    def __init__(self, C, num_classes, queries, layers, attention):
+        super().__init__()
+        self.attention, self.queries = attention, queries
+        self.pixel = nn.Conv2d(C, C, 1)
+        self.level = nn.Parameter(torch.randn(3, C))                      # tells the strides apart
+        self.query, self.where = (nn.Parameter(torch.randn(queries, C)) for _ in range(2))
+        self.layers = nn.ModuleList(QueryLayer(C, attention) for _ in range(layers))
+        self.norm = nn.LayerNorm(C)
+        self.classify = nn.Linear(C, num_classes + 1)
+        self.mask = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
+
+    def predict(self, x, pixels):
+        """What queries x (B, Q, C) say: (class logits (B, Q, N + 1), mask logits (B, Q, h, w)), float32."""
+        x = self.norm(x)
+        return self.classify(x).float(), torch.einsum("bqc,bchw->bqhw", self.mask(x), pixels).float()
+
+    def forward(self, levels, x):
+        pixels = self.pixel(x)
+        values = [v.flatten(2).mT + e for v, e in zip(levels, self.level)]                   # (B, hw, C)
+        keys = [v + sine_positions(*level.shape[-2:], v.shape[2], v.device) for v, level in zip(values, levels)]
+        x = self.query.expand(len(pixels), -1, -1)
+        found = [self.predict(x, pixels)]
+        for i, layer in enumerate(self.layers):
+            size = levels[i % 3].shape[-2:]
+            masks = upsample(found[-1][1].detach(), size).flatten(2)                         # (B, Q, hw)
+            x = layer(x, self.where, keys[i % 3], values[i % 3], masks)
+            found.append(self.predict(x, pixels))
+        return found
+
+
+class QueryLayer(nn.Module):
+    """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
+
+    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly; Rai et al., "Unmasking anomalies
+    in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2; the two are added."""
+
+    def __init__(self, C, attention):
+        super().__init__()
+        heads = math.gcd(C, 8)
+        self.inside, self.between = (nn.MultiheadAttention(C, heads, batch_first=True) for _ in range(2))
+        self.outside = nn.MultiheadAttention(C, heads, batch_first=True) if attention == "global" else None
+        self.feed = nn.Sequential(nn.Linear(C, 8 * C), nn.ReLU(), nn.Linear(8 * C, C))
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
+
+    def forward(self, x, where, keys, values, masks):
+        """where (Q, C): positions of the queries; keys, values (B, hw, C); masks (B, Q, hw): logits at that stride."""
+        seen = attend(self.inside, x + where, keys, values, masks < 0)                       # σ(z) < 1/2 ⇔ z < 0
+        if self.outside:
+            seen = seen + attend(self.outside, x + where, keys, values, masks > 0)
+        x = self.norms[0](x + seen)
+        x = self.norms[1](x + self.between(x + where, x + where, x, need_weights=False)[0])
+        return self.norms[2](x + self.feed(x))
+
+
+def attend(attention, queries, keys, values, closed):
+    """Attention where `closed` (B, Q, hw) says which cells a query does not see; one that would see none sees all."""
+    closed = closed & ~closed.all(2, keepdim=True)
+    closed = closed.repeat_interleave(attention.num_heads, 0)                                # (B·heads, Q, hw)
+    return attention(queries, keys, values, attn_mask=closed, need_weights=False)[0]
+
+
+def sine_positions(h, w, C, device=None):
+    """(h·w, C): sines and cosines of y and x, each over (0, 2π], at C/4 rates (Carion et al., DETR, ECCV 2020)."""
+    rates = 10000 ** -(torch.arange(C // 4, device=device) / (C // 4))
+
+    def axis(n):
+        angles = 2 * math.pi * torch.arange(1, n + 1, device=device)[:, None] / n * rates    # (n, C/4)
+        return torch.cat([angles.sin(), angles.cos()], 1)
+    y, x = axis(h)[:, None].expand(-1, w, -1), axis(w).expand(h, -1, -1)
+    return torch.cat([y, x], 2).flatten(0, 1)
+
+
+def log_mixture(classes, masks):
+    """log p̂ (B, N, H, W), p̂_c = Σ_q p_q(c) m_q: ∅ has no part in it, so that Σ_c p̂_c is small where no query has a
+    mask. classes: logits (B, Q, N + 1); masks: logits (B, Q, H, W). p̂ is in float32 under autocast too.
+
+    −max_c log p̂_c (the score "maxlogit") has the order of Mask2Anomaly's 1 − max_c p̂_c."""
+    device = "cpu" if masks.is_meta else masks.device.type   # meta: pretrain.py counts operations
+    with torch.autocast(device, enabled=False):
+        p = torch.einsum("bqn,bqhw->bnhw", classes.softmax(2)[..., :-1], masks.sigmoid())
+    return p.clamp(min=1e-30).log()
+
+
+# SynthCP (Xia et al., "Synthesize then compare", ECCV 2020): images from label maps, by SPADE (Park et al., CVPR 2019)
+
+class Spade(nn.Module):
+    """Batch norm, scaled and shifted pixel by pixel by convolutions of the label map: x · (1 + γ(Y)) + β(Y)."""
+
+    def __init__(self, channels, labels, hidden):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.shared = nn.Conv2d(labels, hidden, 3, padding=1)
+        self.gamma, self.beta = (nn.Conv2d(hidden, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x, Y):
+        hidden = self.shared(F.interpolate(Y, x.shape[-2:])).relu()
+        return self.norm(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+
+
+class SpadeBlock(nn.Module):
+    """Residual block of SPADE: twice norm, leaky ReLU, 3×3 convolution; a 1×1 one beside it where the width changes."""
+
+    def __init__(self, c_in, c_out, labels, hidden):
+        super().__init__()
+        middle = min(c_in, c_out)
+        self.norms = nn.ModuleList(Spade(c, labels, hidden) for c in (c_in, middle))
+        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 3, padding=1))
+                                   for a, b in ((c_in, middle), (middle, c_out)))
+        self.beside = None
+        if c_in != c_out:
+            self.beside = nn.ModuleList((Spade(c_in, labels, hidden), spectral_norm(nn.Conv2d(c_in, c_out, 1,
+                                                                                              bias=False))))
+
+    def forward(self, x, Y):
+        y = x
+        for norm, conv in zip(self.norms, self.convs):
+            y = conv(F.leaky_relu(norm(y, Y), 0.2))
+        if self.beside:
+            norm, conv = self.beside
+            x = conv(norm(x, Y))
+        return x + y
+
+
+class Generator(nn.Module):
+    """G: one-hot label maps (B, N, H, W) → images (B, 3, H, W) in [0, 1], from a 64th of the size upwards."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        widths = [k * width for k in (16, 16, 16, 16, 8, 4, 2, 1)]
+        self.first = nn.Conv2d(num_classes, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(SpadeBlock(a, b, num_classes, 2 * width) for a, b in zip(widths, widths[1:]))
+        self.last = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, Y):
+        x = Y
+        for k, block in zip((64, 32, 16, 8, 4, 2, 1), self.blocks):
+            x = F.interpolate(x, [-(-n // k) for n in Y.shape[-2:]])      # nearest; any H and W
+            x = block(self.first(x) if k == 64 else x, Y)
+        return (self.last(F.leaky_relu(x, 0.2)).tanh() + 1) / 2
+
+
+class PatchDiscriminator(nn.Module):
+    """D at two scales: label maps and images (B, N + 3, H, W) → [[4 feature maps, score a patch (B, 1, h, w)], …]."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.scales = nn.ModuleList(self.one_scale(channels, width) for _ in range(2))
+
+    @staticmethod
+    def one_scale(channels, width):
+        layers = [nn.Sequential(nn.Conv2d(channels, width, 4, 2, 2), nn.LeakyReLU(0.2))]
+        for k, stride in ((1, 2), (2, 2), (4, 1)):
+            conv = spectral_norm(nn.Conv2d(k * width, 2 * k * width, 4, stride, 2, bias=False))
+            layers.append(nn.Sequential(conv, nn.InstanceNorm2d(2 * k * width), nn.LeakyReLU(0.2)))
+        return nn.ModuleList([*layers, nn.Conv2d(8 * width, 1, 4, 1, 2)])
+
+    def forward(self, x):
+        found = []
+        for layers in self.scales:
+            found.append([])
+            y = x
+            for layer in layers:
+                y = layer(y)
+                found[-1].append(y)
+            x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+        return found
+
+
+class Synthesizer(nn.Module):
+    """G and D of a frozen segmenter (finetune.py --synthesis); forward is G.
+
+    `outputs` is what the loop of pretrain.py calls. One backward pass and one Adam train both: G's loss sees D through
+    detached parameters, and D's loss sees the synthesis detached."""
+
+    arch = "spade"
+
+    def __init__(self, backbone, num_classes, width):
+        super().__init__()
+        self.backbone_name, self.num_classes, self.width = backbone, num_classes, width   # backbone: the segmenter's
+        self.generator = Generator(num_classes, width)
+        self.discriminator = PatchDiscriminator(num_classes + 3, width)
+
+    def forward(self, Y):
+        return self.generator(Y)
+
+    def outputs(self, pair):
+        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D(X), D(G(Y)) as D's loss sees them; judged:
+        D(G(Y)) as G's does)."""
+        Y, X = pair
+        image = self.generator(Y)
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        judged = torch.func.functional_call(self.discriminator, frozen, (torch.cat([Y, image], 1),))
+        return dict(image=image, judged=judged, real=self.discriminator(torch.cat([Y, X], 1)),
+                    fake=self.discriminator(torch.cat([Y, image.detach()], 1)))
+
+
+def one_hot(Z, N):
+    """Label maps (B, H, W) → (B, N, H, W) float, 0 in every channel where Z is no class."""
+    return (Z[:, None] == torch.arange(N, device=Z.device).view(-1, 1, 1)).float()
+
+
+def build_backbone(arch, name):
+    """The backbone of an architecture: images (B, 3, H, W) → {"out": the last map} or, of PYRAMIDS, all maps of TAPS.
+
+    PYRAMIDS have the strides of classification; the others dilate to hold the resolution (Chen et al. 2017, Sec. 3.1).
+    """
+    dilated = arch not in PYRAMIDS
     if name.startswith("resnet"):
         trunk = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, dilated, dilated])
     elif name == "mobilenet_v2":
@@ -327,7 +570,7 @@ def build_backbone(arch, name):
         if arch == "pspnet":
             dilate(trunk, 7)
     taps = list(TAPS[name])
-    strides = dict(zip(taps, ("4", "8", "16", "32"))) if arch == "fpn" else {taps[-1]: "out"}
+    strides = dict(zip(taps, ("4", "8", "16", "32"))) if arch in PYRAMIDS else {taps[-1]: "out"}
     return IntermediateLayerGetter(trunk, strides)
 
 
@@ -484,7 +727,7 @@ def loss_js(log_S):
     return 0.5 * (log_S.exp() * (log_S - log_M)).sum(1) + 0.5 * (log_U - log_M).mean(1)
 
 
-LOSSES = ("er", "kl", "js", "energy")   # on D_s
+LOSSES = ("er", "kl", "js", "energy", "margin")   # on D_s
 
 
 def loss_unknown(logits, log_S, loss):
@@ -495,9 +738,11 @@ def loss_unknown(logits, log_S, loss):
     return dict(er=loss_er, kl=loss_kl, js=loss_js)[loss](log_S)
 
 
-def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None, outlier=None, gamma=0.0):
-    """Eq. 5: E_{D_k}[L_k] + α · E_{D_s}[L_KL or L_ER], or another of LOSSES; of the systems with an outlier head, whose
-    logit `outlier` is d (B, H, W), + γ · E_{D_k ∪ D_s}[binary cross-entropy of σ(d) and D_s].
+def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None, outlier=None, gamma=0.0, margin=0.75,
+              published=False):
+    """Eq. 5: E_{D_k}[L_k] + α · E_{D_s}[L_KL or L_ER], or another of LOSSES ("margin": loss_margin of max S); of the
+    systems with an outlier head, whose logit `outlier` is d (B, H, W), + γ · E_{D_k ∪ D_s}[binary cross-entropy of σ(d)
+    and D_s].
 
     logits (B, N, H, W); Z (B, H, W) uint8; unknown (B, H, W) bool is D_s, and D_k is every other pixel with a
     class. n_k and n_s are the pixel counts of the whole batch where this is a part of it (accumulation, ranks):
@@ -505,12 +750,92 @@ def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None, out
     log_S = log_softmax(logits)
     known = (Z < logits.shape[1]) & ~unknown   # ASSUMPTION: E over all pixels of the batch, not a mean of image means
     value = masked_mean(loss_k(log_S, Z), known, n_k)
-    if alpha:
+    if alpha and loss == "margin":
+        value = value + alpha * loss_margin(log_S.amax(1).exp(), known, unknown, margin, published, n_k, n_s)
+    elif alpha:
         value = value + alpha * masked_mean(loss_unknown(logits, log_S, loss), unknown, n_s)
     if gamma:   # ASSUMPTION: pixels without a class count in neither; DenseHybrid's code takes them for inliers
         target = unknown.to(log_S.dtype)
         per_pixel = F.binary_cross_entropy_with_logits(outlier.to(log_S.dtype), target, reduction="none")
         value = value + gamma * masked_mean(per_pixel, known | unknown, None if n_k is None else n_k + n_s)
+    return value
+
+
+# Mask classification (Mask2Former, Cheng et al., CVPR 2022): a set of masks is matched with the classes in the labels
+
+def mask_losses(z, t):
+    """(BCE, dice) of every mask with every class, each (…, B, Q, N); z (…, B, Q, S) mask logits, t (B, N, S) targets.
+
+    t is the share of a cell's pixels that have the class; Σ_c t_c is k, the share of D_k. Both are those of the D_k
+    pixels, each given the m = σ(z) of its cell, so that pixels outside D_k say nothing.
+    ASSUMPTION: all cells at stride 4, where the publication draws 12 544 points; no random number, a closed form."""
+    k = t.sum(1, keepdim=True)                                                    # (B, 1, S)
+    # −Σ [t log m + (k − t) log(1 − m)] / Σ k, with −log m = softplus(−z) and −log(1 − m) = z + softplus(−z)
+    bce = (F.softplus(-z) @ k.mT + z @ (k - t).mT) / k.sum(2, keepdim=True).clamp(min=1e-6)
+    m = z.sigmoid()
+    # 1 − (2 Σ m t + 1) / (Σ m k + Σ t + 1)
+    dice = 1 - (2 * (m @ t.mT) + 1) / (m @ k.mT + t.sum(2).unsqueeze(-2) + 1)
+    return bce, dice
+
+
+@torch.no_grad()
+def match(cost, present):
+    """The cheapest assignment of queries to the classes that an image holds, of each prediction and image.
+
+    cost (L, B, Q, N); present (B, N) bool → (l, b, q, c), int64 (4, n). Where an image has more classes than there are
+    queries, some stay without."""
+    cost, present = cost.nan_to_num().cpu().numpy(), present.cpu().numpy()        # one wait for the device
+    rows = [np.empty((4, 0), np.int64)]
+    for l, b in np.ndindex(cost.shape[:2]):
+        classes = np.flatnonzero(present[b])
+        q, j = linear_sum_assignment(cost[l, b][:, classes])
+        rows.append(np.stack([np.full(len(q), l), np.full(len(q), b), q, classes[j]]))
+    return torch.from_numpy(np.concatenate(rows, 1))
+
+
+def loss_sets(sets, Z, known, n_masks=None, n_images=None):
+    """Mask2Former's loss, 2 · CE + 5 · BCE + 5 · dice, summed over the predictions of `sets`: a scalar.
+
+    sets [(class logits (B, Q, N + 1), mask logits (B, Q, h, w)), …]; Z (B, H, W); known (B, H, W) bool: D_k. A target
+    is a class in the image, with the mask of its pixels. CE is a mean over the queries, of weight 1, and 0.1 for those
+    that no class was matched with (their target is ∅); BCE and dice are means over the masks. n_masks and n_images: the
+    matched masks and the images of the whole batch, where this is a part of it."""
+    classes, z = (torch.stack(v) for v in zip(*sets))                             # (L, B, Q, N + 1), (L, B, Q, h, w)
+    *_, Q, N = classes[..., 1:].shape
+    t = F.interpolate(one_hot(Z, N) * known[:, None], z.shape[-2:], mode="area").flatten(2).to(z.dtype)   # (B, N, hw)
+    log_p, (bce, dice) = classes.log_softmax(3), mask_losses(z.flatten(3), t)
+    present = t.sum(2) > 0
+    matched = match(-2 * log_p[..., :-1].exp() + 5 * bce + 5 * dice, present).to(z.device)
+    if n_masks is None:
+        n_masks, n_images = int(present.sum(1).clamp(max=Q).sum()), len(Z)
+
+    target = torch.full(z.shape[:3], N, device=z.device)                          # ∅
+    target[tuple(matched[:3])] = matched[3]
+    weight = torch.where(target == N, 0.1, 1.0)
+    ce = -(weight * log_p.gather(3, target[..., None]).squeeze(3)).sum() / (n_masks + 0.1 * (n_images * Q - n_masks))
+    masks = (bce + dice)[tuple(matched)].sum() / max(n_masks, 1)
+    return 2 * ce + 5 * masks
+
+
+def loss_margin(top, known, unknown, margin=0.75, published=False, n_k=None, n_s=None):
+    """Mask2Anomaly's contrast (Rai et al., ICCV 2023, Sec. 3.3): ½ [E_{D_k} l² + E_{D_s} max(0, M − l)²], l = 1 − top.
+
+    top (B, H, W): max_c p̂_c, or the largest softmax; known, unknown bool: D_k, D_s; M is `margin`. Returns a scalar.
+    `published`: l = −top, as the publication and its code have it. Then −1 ≤ l ≤ 0, and both terms push the confidence
+    to 0, on D_k too; 1 − top does what the publication says it wants: 0 on D_k, at least M on D_s.
+    DEVIATION: D_k, where the publication has all pixels outside D_s, those without a class too."""
+    l = -top if published else 1 - top
+    return (masked_mean(l**2, known, n_k) + masked_mean((margin - l).clamp(min=0)**2, unknown, n_s)) / 2
+
+
+def objective_sets(sets, Z, unknown, alpha=0, margin=0.75, published=False, n_k=None, n_s=None, n_masks=None,
+                   n_images=None):
+    """Loss of a mask network: loss_sets on D_k + α · loss_margin of every prediction. Arguments as above."""
+    known = (Z < sets[0][0].shape[2] - 1) & ~unknown
+    value = loss_sets(sets, Z, known, n_masks, n_images)
+    for classes, masks in sets if alpha else ():
+        top = upsample(log_mixture(classes, masks).amax(1, keepdim=True).exp(), Z.shape[-2:]).squeeze(1)
+        value = value + alpha * loss_margin(top, known, unknown, margin, published, n_k, n_s)
     return value
 
 
@@ -1152,23 +1477,34 @@ def save_checkpoint(path, checkpoint):
 
 def model_facts(f):
     """What a checkpoint says of the network beside its weights; build() makes it from that."""
-    return dict(arch=f.arch, backbone=f.backbone_name, width=f.width, classifier=f.classifier_name,
-                outlier=f.outlier is not None, flow=f.flow is not None)
+    if f.arch == Synthesizer.arch:
+        return dict(arch=f.arch, backbone=f.backbone_name, width=f.width)
+    facts = dict(arch=f.arch, backbone=f.backbone_name, width=f.width, classifier=f.classifier_name,
+                 outlier=f.outlier is not None, flow=f.flow is not None)
+    if f.decoder:
+        facts.update(attention=f.decoder.attention, queries=f.decoder.queries, decoder_layers=len(f.decoder.layers))
+    return facts
+
+
+OLD_FACTS = dict(width=256, classifier="linear", outlier=False, flow=False, attention="masked", queries=100,
+                 decoder_layers=9)
 
 
 def build(checkpoint):
-    """The network of a checkpoint, with fresh weights. Facts that older files lack have the value of their time."""
+    """The network of a checkpoint, with fresh weights. Facts that a file lacks have the value of its time."""
+    if checkpoint["arch"] == Synthesizer.arch:
+        return Synthesizer(checkpoint["backbone"], len(checkpoint["classes"]), checkpoint["width"])
     f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
-                  checkpoint.get("width", 256), checkpoint.get("classifier", "linear"),
-                  checkpoint.get("outlier", False), checkpoint.get("flow", False))
+                  **{k: checkpoint.get(k, value) for k, value in OLD_FACTS.items()})
     return bare(f) if checkpoint.get("stage") == "distill" else f
 
 
-def load_checkpoint(path, companion=False):
+def load_checkpoint(path, companion=None):
     """(f in eval mode on the CPU, checkpoint dict). The dict: format, model, arch, backbone, classes, data, root,
     anomaly, stage, settings, epoch and step (where the run stands: all done at epoch = settings["epochs"]), and
-    the optimiser for resuming. A companion (a student) has `companion_of` too, the fingerprint of the checkpoint that
-    it belongs to, and segments nothing by itself: refused, unless `companion` is True, or None for either kind."""
+    the optimiser for resuming. A companion (stage "distill" or "synthesis") has `companion_of` too, the fingerprint of
+    the checkpoint that it belongs to, and segments nothing by itself: refused, unless `companion` is its stage, or
+    "any" for all kinds."""
     expected = "a checkpoint of pretrain.py or finetune.py"
     checkpoint = load_tensors(path, expected)
     keys = {"format", "model", "arch", "backbone", "classes", "data", "root", "anomaly", "settings", "epoch", "step"}
@@ -1176,11 +1512,13 @@ def load_checkpoint(path, companion=False):
         raise InputError(f"{path}: not {expected}")
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path}: format {checkpoint['format']}; this version reads format {FORMAT}")
-    if companion is not None and companion != ("companion_of" in checkpoint):
-        told = f"{checkpoint.get('stage')} of another checkpoint, no segmenter" if not companion else "no student"
-        raise InputError(f"{path}: {told}; expected {'--student' if companion else expected}")
+    stage = checkpoint.get("stage")
+    if companion is None and "companion_of" in checkpoint:
+        raise InputError(f"{path}: {stage} of another checkpoint, no segmenter; expected {expected}")
+    if companion not in (None, "any", stage):
+        raise InputError(f"{path}: a checkpoint of {stage}; expected one of finetune.py --{companion}")
     kinds = dict(model=dict, arch=str, backbone=str, classes=list, data=str, root=str, anomaly=(list, type(None)),
-                 settings=dict, epoch=int, step=int, width=int, classifier=str, outlier=bool, flow=bool)
+                 settings=dict, epoch=int, step=int, **{k: type(v) for k, v in OLD_FACTS.items()})
     for key, kind in kinds.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise InputError(f"{path}: not {expected}: its {key} is of type {type(checkpoint[key]).__name__}")

@@ -10,6 +10,8 @@
     python evaluate.py --ckpt ft.pt --baseline pretrained.pt
     python evaluate.py --ckpt ft.pt --score msp entropy maxlogit energy dropout crf
     python evaluate.py --ckpt seed0.pt seed1.pt seed2.pt            # Deep Ensemble
+    python evaluate.py --ckpt m2f.pt --score maxlogit maskomaly     # made with pretrain.py --arch mask2former
+    python evaluate.py --ckpt pretrained.pt --score synthcp --generator generator.pt
     python evaluate.py --ckpt ft.pt --images photographs/           # no labels: overlays and raw scores
     python evaluate.py --ckpt ft.pt --score msp knn                 # dense kNN, against the training images
     python evaluate.py --ckpt pretrained.pt --score dicnet --student student.pt      # DiCNet
@@ -48,9 +50,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
 
-EXTRA_SCORES = ("dropout", "crf")
-OUTLIER_SCORES = ("outlier", "outlier_msp", "hybrid")   # of a model with an outlier head: finetune.py --gamma
-EMBEDDING_SCORES = ("cosine", "knn", "cknn", "dicnet")   # of the embedding; make_NAME below makes them
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -84,7 +83,7 @@ def parse():
                    "(default: those of finetune.py --known-unknown, Sec. IV-C)")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", default=["msp"],
-                   choices=(*SCORES, *EXTRA_SCORES, *OUTLIER_SCORES, *EMBEDDING_SCORES),
+                   choices=tuple(SCORES),
                    help="one or several: msp is the paper's (Eq. 2); dropout and crf are baselines of Table II, "
                    "outlier, outlier_msp and hybrid of a model with an outlier head (default: msp)")
     g.add_argument("--passes", type=common.whole(2), default=10, help="forward passes of --score dropout (ours: 10)")
@@ -109,6 +108,21 @@ def parse():
                    help="training images from which --tradi re-estimates batch norm (ours: 500)")
     g.add_argument("--train-root", metavar="FOLDER",
                    help="knn, cknn, --tradi: folder of the data that f was trained on (default: the checkpoint's)")
+    g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
+    g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
+                   "of these classes, where at least two are found with confidence (default: off)")
+    g.add_argument("--queries-from", metavar="PLACE", help="--score maskomaly: find the queries whose masks are "
+                   "anomalies on a folder of mgu_generate.py (its D_s), or on this split of the checkpoint's data, "
+                   "which must hold anomalies and not be evaluated itself (default: rejection alone)")
+    g.add_argument("--ground", metavar="CLASS", help="with it: and the two of this class, road for instance, which are "
+                   "no anomaly (default: none)")
+    g.add_argument("--lambda", dest="lam", type=common.real(0), default=0.6, metavar="λ", help="with it: share of the "
+                   "rejection (default: 0.6, as published)")
+    g.add_argument("--border", type=common.real(0), default=0.0, help="--score maskomaly: rejection is 0 where two "
+                   "masks exceed this, their common border (as published: 0.1; default: 0, off)")
+    g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis")
+    g.add_argument("--synthcp-threshold", type=common.real(0), default=0.999, help="--score synthcp: compare with the "
+                   "synthesis where max S is not above this (default: 0.999, of the public code)")
     g = p.add_argument_group("figures")
     g.add_argument("--panels", nargs="+", default=["4"], metavar="N|NAME",
                    help="the N images with the largest anomalies, or images whose path ends in these names, such as "
@@ -159,10 +173,10 @@ def score_energy(logits):
     return -logits.float().logsumexp(1)
 
 
-SCORES = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
+PLAIN = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
 
 
-def outlier_score(X, seen, index, name):
+def score_outlier(name, seen):
     """Scores of the outlier logit d: P(outlier) = σ(d), of an ensemble the mean. Each from logarithms, never from a
     probability: that is 0 or 1 in float32 where d is beyond ±104 or 17, and ties.
 
@@ -231,62 +245,135 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
     return log_Q
 
 
-def prepare_scores(fs, names, args, device):
-    """{name: score}, score(X, seen, index) → (B, H, W): whatever a score needs beside an image is made here, once.
+# Mask networks. What one said of an image: p (B, Q, N + 1), the last class ∅; m (B, Q, H, W), the probability of a
+# pixel to belong to the mask of query q. s_q = max_c p_q(c), ∅ too; c_q = arg max.
 
-    fs: the model [f], or an ensemble [f, …]. X (B, 3, H, W); seen: what forward() says of it; index: of the image in
-    its split, from which random numbers are drawn. Every score is a pure function of these, so that no number depends
-    on the order of the images or the number of ranks."""
-    def dropout(X, seen, index):
-        torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)      # masks: a function of --seed and the image
-        return score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in fs]))
-
-    def crf(X, seen, index):
-        return score_msp(crf_logits(seen["log_S"], args.crf_iterations))
-
-    def of_mixture(X, seen, index, score):
-        return score(seen["mixture"])
-
-    def of_logits(X, seen, index, score):
-        return score(seen["logits"])
-
-    made = {}
-    for name in names:
-        if name == "dropout":
-            made[name] = dropout
-        elif name == "crf":
-            made[name] = crf
-        elif name in OUTLIER_SCORES:
-            if any(f.outlier is None for f in fs):
-                raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
-                                        "finetune.py --gamma, or of a --method with one")
-            made[name] = functools.partial(outlier_score, name=name)
-        elif name in EMBEDDING_SCORES:
-            made[name] = globals()[f"make_{name}"](fs, args, device)
-        else:
-            made[name] = functools.partial(of_mixture if name in ("msp", "entropy") else of_logits, score=SCORES[name])
-    return made
+def masks_of(output, size):
+    """(p, m) of the f.outputs(X) of a mask network, m at the size of the image. InputError for another network."""
+    if "sets" not in output:
+        raise common.InputError("--score maskomaly, --refine: expected checkpoints of --arch mask2former")
+    classes, masks = output["sets"][-1]
+    return classes.softmax(2), common.upsample(masks, size).sigmoid()
 
 
-def forward(fs, X):
-    """What a model or ensemble says of X: dict(logits: their mean; mixture: the logarithm of their mean softmax, or of
-    one model its logits, whose softmax is the same; log_S: log-softmax, all (B, N, H, W); each: every f.outputs(X))."""
-    each = [f.outputs(X) for f in fs]
-    logits = [o["logits"].float() for o in each]
-    if len(each) == 1:
-        return dict(each=each, logits=logits[0], mixture=logits[0], log_S=common.log_softmax(logits[0]))
-    log_S = mean_softmax(logits)
-    return dict(each=each, logits=torch.stack(logits).mean(0), mixture=log_S, log_S=log_S)
+def strongest(weight, m):
+    """max_q weight_q m_q: (B, Q), (B, Q, H, W) → (B, H, W); 0 where no query has a weight."""
+    return (weight[..., None, None] * m).amax(1)
 
 
-def anomaly_scores(fs, X, index, scores):
-    """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of image `index`; scores: of prepare_scores()."""
-    seen = forward(fs, X)
-    return {name: score(X, seen, index) for name, score in scores.items()}, seen["log_S"]
+def refine(score, p, m, classes):
+    """Mask2Anomaly's refinement (Rai et al., ICCV 2023, Sec. 3.4) of −max_c log p̂_c (B, H, W), the order of a · R with
+    a = 1 − max p̂: 0 where a query of these classes with s_q > 0.95 has s_q m_q ≥ 1/2, if at least two are so sure."""
+    s, c = p.max(2)
+    sure = (s > 0.95) & torch.isin(c, torch.tensor(classes, device=c.device))                # (B, Q)
+    inside = (strongest(s * sure, m) >= 0.5) & (sure.sum(1) >= 2).view(-1, 1, 1)
+    return torch.where(inside, 0.0, score)
 
 
-# Scores of the embedding, and samples of the weights. Each make_NAME(fs, args, device) returns a score as
-# prepare_scores() wants it: the mean over the models fs of a map (B, h, w), brought to full size bilinearly.
+def score_maskomaly(p, m, anomaly=(), ground=(), lam=0.6, border=0.0):
+    """Maskomaly (Ackermann et al., BMVC 2023): λ · A_rej + (1 − λ) · A_anom, (B, H, W) in [0, 1].
+
+    A_rej = 1 − max {s_q m_q: c_q ≠ ∅, s_q > 0.7}; 0 where two masks of classes exceed `border`; at most what the
+    `ground` queries leave. A_anom = max s_q m_q of the `anomaly` queries, which mostly have class ∅. Without any: A_rej
+    alone. ASSUMPTION: the border is off unless asked for: it zeroes small anomalies at the edge of two masks."""
+    s, c = p.max(2)
+    of_class = c < p.shape[2] - 1
+    rejected = 1 - strongest(s * (of_class & (s > 0.7)), m)
+    if border:
+        two = ((m > border) & of_class[..., None, None]).sum(1) >= 2
+        rejected = torch.where(two, 0.0, rejected)
+    if len(ground):
+        rejected = torch.minimum(rejected, 1 - strongest(s[:, ground], m[:, ground]))
+    if not len(anomaly):
+        return rejected
+    return lam * rejected + (1 - lam) * strongest(s[:, anomaly], m[:, anomaly])
+
+
+def labelled_anomalies(place, ckpt):
+    """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
+    the anomaly, or of a split of the checkpoint's data."""
+    if place in common.SPLITS:
+        checkpoint = common.load_checkpoint(ckpt)[1]
+        scenes = common.Scenes(checkpoint["data"], common.data_root(None, checkpoint), place, checkpoint["anomaly"])
+        for item in (scenes[i] for i in range(len(scenes))):
+            yield item["image"], item["label"], item["label"] == common.ANOMALY
+    else:
+        for name in common.load_json(Path(place) / "manifest.json")["samples"]:
+            sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
+                      if k in ("image", "label", "unknown")}
+            yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]
+
+
+def rank_queries(f, items, device, ground=None):
+    """(anomaly queries, ground queries): the four and the two with the largest mean IoU of {m_q > 0.9} with the anomaly
+    and with class `ground` (None: no ground query), over the images that hold it. `items`: of labelled_anomalies()."""
+    found = dict(anomaly=[], ground=[])
+    for image, Z, anomalous in items:
+        X = common.to_input(image[None], device)
+        mine = masks_of(f.outputs(X), X.shape[-2:])[1][0].cpu() > 0.9                        # (Q, H, W)
+        valid = (Z != common.IGNORED) | anomalous
+        for name, mask in (("anomaly", anomalous), ("ground", torch.zeros_like(anomalous) if ground is None
+                                                    else Z == ground)):
+            if mask.any():
+                found[name].append((mine & mask).sum((1, 2)) / ((mine | mask) & valid).sum((1, 2)))
+    best = lambda ious, n: torch.stack(ious).mean(0).topk(min(n, len(ious[0]))).indices.tolist() if ious else []
+    return best(found["anomaly"], 4), best(found["ground"], 2)
+
+
+def make_mask_score(name, fs, args, device):
+    """score(X, seen, index) of --score maskomaly and of maxlogit with --refine."""
+    each = lambda X, seen: [masks_of(o, X.shape[-2:]) for o in seen["each"]]
+    if name == "maxlogit":
+        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
+        classes = common.class_indices(args.refine, of, "--refine")
+        return lambda X, seen, index: torch.stack([refine(score_maxlogit(o["logits"]), *pm, classes)
+                                                   for o, pm in zip(seen["each"], each(X, seen))]).mean(0)
+    queries = [((), ())] * len(fs)
+    if args.queries_from:
+        if args.queries_from == args.split:
+            raise common.InputError(f"--queries-from {args.split}: the queries would be chosen on the images that are "
+                                    "evaluated; expected others")
+        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
+        ground = common.class_indices([args.ground], of, "--ground")[0] if args.ground else None
+        queries = [rank_queries(f, labelled_anomalies(args.queries_from, args.ckpt[0]), device, ground) for f in fs]
+        for anomaly, of_ground in queries:
+            if not anomaly:
+                raise common.InputError(f"{args.queries_from}: no anomalous pixel; expected images that hold some")
+            common.say(f"maskomaly: anomaly queries {anomaly}, ground queries {of_ground}, of {args.queries_from}")
+    return lambda X, seen, index: torch.stack([score_maskomaly(*pm, *q, args.lam, args.border)
+                                               for pm, q in zip(each(X, seen), queries)]).mean(0)
+
+
+def score_synthcp(log_S, a, b, threshold=0.999):
+    """SynthCP's comparison (Xia et al., ECCV 2020; public code): −max S where it exceeds the threshold, and elsewhere
+    −cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W)."""
+    top = log_S.amax(1).exp()
+    alike = common.upsample(nn.functional.cosine_similarity(a, b, dim=1)[:, None], top.shape[-2:]).squeeze(1)
+    return -torch.where(top > threshold, top, alike)
+
+
+def make_synthcp(name, fs, args, device):
+    """score(X, seen, index) of --score synthcp: x̂ = G(arg max f(X)), compared with X in the activated embedding.
+
+    InputError for a generator that was made for another checkpoint.
+    ASSUMPTION: the embedding, where the public code has PSPNet's pooled maps, at one scale in place of five."""
+    if not args.generator:
+        raise common.InputError("--score synthcp needs --generator: a checkpoint of finetune.py --synthesis")
+    G, generator = common.load_checkpoint(args.generator, companion="synthesis")
+    for path in (*args.ckpt, *args.baseline):
+        if common.fingerprint(path) != generator["companion_of"]:
+            raise common.InputError(f"{args.generator}: made for another checkpoint ({generator['companion_of']}) than "
+                                    f"{path} ({common.fingerprint(path)}); run finetune.py --synthesis --ckpt {path}")
+    f, G = fs[0], G.to(device).requires_grad_(False)
+
+    def score(X, seen, index):
+        image = G(common.one_hot(seen["logits"].argmax(1), f.num_classes))
+        a, b = (f.activation(e) for e in (seen["each"][0]["embedding"], f.embed(image)))
+        return score_synthcp(seen["log_S"], a, b, args.synthcp_threshold)
+    return score
+
+
+# Scores of the embedding: the mean over the models of a map (B, h, w), brought to full size bilinearly.
 
 def full_size(maps, X):
     """The mean (B, H, W) of a map (B, h, w) of every model, at the size of X."""
@@ -300,7 +387,7 @@ def training_scenes(f, train_root):
     return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
 
 
-def make_cosine(fs, args, device):
+def make_cosine(name, fs, args, device):
     """PAnS (Fontanel et al., CVPR Workshops 2021): (1 − max_i cos(x, w_i)) / 2 in [0, 1].
 
     As published the maximum is taken on the map of the embedding and then upsampled: not the order of maxlogit, whose
@@ -363,10 +450,10 @@ def knn_references(f, train_root, images, vectors, k, chunk, seed, device):
     return dict(vectors=references, energy=(low, high), farthest=farthest)
 
 
-def make_knn(fs, args, device, combined=False):
+def make_knn(name, fs, args, device):
     """Dense kNN (Galesso et al., "Far away in the deep space: dense nearest-neighbor-based out-of-distribution
-    detection", ICCV Workshops 2023), DNP: the distance d of a cell of the embedding to its k nearest references; or
-    `combined`, cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max."""
+    detection", ICCV Workshops 2023), DNP: the distance d of a cell of the embedding to its k nearest references; "cknn"
+    is cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max."""
     known = [knn_references(f, args.train_root, args.knn_images, args.knn_vectors, args.knn_k, args.knn_chunk,
                             args.seed, device) for f in fs]
 
@@ -389,16 +476,13 @@ def make_knn(fs, args, device, combined=False):
             low, high = r["energy"]
             score = score + (score_energy(outputs["logits"]) - low) / (high - low) / len(known)
         return score
-    return cknn if combined else knn
+    return cknn if name == "cknn" else knn
 
 
-make_cknn = functools.partial(make_knn, combined=True)
-
-
-def make_dicnet(fs, args, device):
+def make_dicnet(name, fs, args, device):
     """DiCNet (Zhou et al., "Anomaly discovery in semantic segmentation via distillation comparison networks", 2021):
     mean_c (T − S)² of the teacher's embedding T and the student's S. Raises InputError for a student of another f."""
-    student, checkpoint = common.load_checkpoint(args.student, companion=True)
+    student, checkpoint = common.load_checkpoint(args.student, companion="distill")
     for f in fs:
         path, _ = f.origin
         if checkpoint["companion_of"] != common.fingerprint(path):
@@ -416,6 +500,69 @@ def make_dicnet(fs, args, device):
         return full_size(maps, X)
     return dicnet
 
+
+# A score is a function score(X, seen, index) → (B, H, W). Whatever it needs beside an image is made once, by its entry
+# of SCORES: make(name, fs, args, device) → score. fs: the model [f], or an ensemble [f, …]; X (B, 3, H, W); seen: what
+# forward() says of it; index: of the image in its split, from which random numbers are drawn. It is a pure function of
+# these, so that no number depends on the order of the images or the number of ranks.
+
+def make_plain(name, fs, args, device):
+    """A score of PLAIN: msp and entropy of an ensemble are those of its mean softmax, the others of its mean logits."""
+    if name == "maxlogit" and args.refine:
+        return make_mask_score(name, fs, args, device)
+    key = "mixture" if name in ("msp", "entropy") else "logits"
+    return lambda X, seen, index: PLAIN[name](seen[key])
+
+
+def make_dropout(name, fs, args, device):
+    """MSP of the mean softmax of passes with dropout, whose masks are a function of --seed and the image."""
+    def dropout(X, seen, index):
+        torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)
+        return score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in fs]))
+    return dropout
+
+
+def make_crf(name, fs, args, device):
+    """MSP after the dense CRF."""
+    return lambda X, seen, index: score_msp(crf_logits(seen["log_S"], args.crf_iterations))
+
+
+def make_outlier(name, fs, args, device):
+    """A score of the outlier head. Raises InputError for a model without one."""
+    if any(f.outlier is None for f in fs):
+        raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
+                                "finetune.py --gamma, or of a --method with one")
+    return lambda X, seen, index: score_outlier(name, seen)
+
+
+SCORES = {**dict.fromkeys(PLAIN, make_plain), "dropout": make_dropout, "crf": make_crf, "cosine": make_cosine,
+          "knn": make_knn, "cknn": make_knn, "dicnet": make_dicnet, "maskomaly": make_mask_score,
+          "synthcp": make_synthcp, **dict.fromkeys(("outlier", "outlier_msp", "hybrid"), make_outlier)}
+
+
+def prepare_scores(fs, names, args, device):
+    """{name: score(X, seen, index) → (B, H, W)} of a model or ensemble."""
+    return {name: SCORES[name](name, fs, args, device) for name in names}
+
+
+def forward(fs, X):
+    """What a model or ensemble says of X: dict(logits: their mean; mixture: the logarithm of their mean softmax, or of
+    one model its logits, whose softmax is the same; log_S: log-softmax, all (B, N, H, W); each: every f.outputs(X))."""
+    each = [f.outputs(X) for f in fs]
+    logits = [o["logits"].float() for o in each]
+    if len(each) == 1:
+        return dict(each=each, logits=logits[0], mixture=logits[0], log_S=common.log_softmax(logits[0]))
+    log_S = mean_softmax(logits)
+    return dict(each=each, logits=torch.stack(logits).mean(0), mixture=log_S, log_S=log_S)
+
+
+def anomaly_scores(fs, X, index, scores):
+    """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of image `index`; scores: of prepare_scores()."""
+    seen = forward(fs, X)
+    return {name: score(X, seen, index) for name, score in scores.items()}, seen["log_S"]
+
+
+# Samples of the weights
 
 def sample_tensor(mean, var, generator, D=10):
     """A draw w̃ of the weights of a layer, float32 of the shape of mean and var: TRADI's

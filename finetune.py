@@ -9,6 +9,8 @@
                                 # L_KL and α = 0.3 on toy and camvid
     python finetune.py --loss kl --alpha 0.05 --mix none --out ft_kl.pt
     python finetune.py --known-unknown car fence pole --out ft_known.pt       # pilot study (Sec. IV-C): these are D_s
+    python finetune.py --loss margin --out ft_margin.pt       # Mask2Anomaly's, for --arch mask2former or any other
+    python finetune.py --synthesis        # SynthCP's generator of the checkpoint, for evaluate.py --score synthcp
     torchrun --nproc-per-node 8 finetune.py
 
 Related systems, which need no auxiliary set (end of the file):
@@ -42,6 +44,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
@@ -52,7 +55,7 @@ def parse():
     p = argparse.ArgumentParser(description="Anomaly-aware fine-tuning (Sec. III-C, Eq. 5).",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
     p.add_argument("--ckpt", default="pretrained.pt", help="checkpoint of pretrain.py (default: pretrained.pt)")
-    p.add_argument("--out", help="checkpoint to write (default: ft.pt; prototypes.pt, student.pt)")
+    p.add_argument("--out", help="checkpoint to write (default: ft.pt; prototypes.pt, student.pt, generator.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     g = p.add_argument_group("synthetic-unknown data")
     g.add_argument("--aux", default="auxiliary", help="folder that mgu_generate.py wrote (default: auxiliary)")
@@ -96,23 +99,35 @@ def parse():
     g.add_argument("--distill", action="store_true", help="DiCNet: a student that predicts the embedding of f")
     g.add_argument("--student-backbone", choices=tuple(common.BACKBONES),
                    help="of the student (ours: mobilenet_v3_large; published: ResNet-34 for ResNet-50)")
+    g.add_argument("--synthesis", action="store_true", help="SynthCP: a generator of images from label maps, and its "
+                   "discriminator, on the training split")
+    g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
+                   "first one's (SynthCP: 64; toy, camvid: 8)")
     g = p.add_argument_group("objective (Eq. 5)")
     g.add_argument("--loss", choices=common.LOSSES,
                    help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
-                        "kl); js, energy: of the related systems")
+                        "kl); js, energy, margin: of the related systems")
     g.add_argument("--alpha", type=common.real(0),
-                   help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3)")
+                   help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3; margin: 1)")
     g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
                    "tells D_s from D_k; 0: no such head (ours: 0)")
-    pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet)", micro_batch=16)
+    g.add_argument("--margin", type=common.real(0, above=True), default=0.75,
+                   help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, published)")
+    g.add_argument("--margin-published", action="store_true", help="--loss margin: −max p̂ in place of 1 − max p̂, as "
+                   "published, which lowers the confidence on D_k too (default: off)")
+    pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet) or, of "
+                            "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40)", micro_batch=16)
     args = p.parse_args()
     # The pilot study has neither X' nor I_ỹ, a flow no patches: what is said about them would be without effect
     chosen = source(args)
     for flag in other_flags(args):
         if getattr(args, flag) is not None:
             p.error(f"argument --{flag.replace('_', '-')}: has no effect with {chosen}: leave it out")
-    args.stage = chosen if chosen in ("prototypes", "distill") else "finetune"
-    args.out = args.out or dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt")[args.stage]
+    files = dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt", synthesis="generator.pt")
+    args.stage = chosen if chosen in files else "finetune"
+    args.out = args.out or files[args.stage]
+    if args.loss == "margin" and args.alpha is None:
+        args.alpha = 1.0   # Mask2Anomaly's
     if chosen == "paste" and not args.patches:
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
@@ -128,12 +143,13 @@ SOURCES = {   # where D_s comes from, or what is trained without one: the flags 
     "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
     "prototypes": (),
     "distill": ("student_backbone",),
+    "synthesis": ("generator_width",),
 }
 
 
 def source(args):
     """One of SOURCES: what a flag of that name asks for, or --negatives, else the method's, else mgu."""
-    asked = [name for name in ("prototypes", "distill", "known-unknown") if getattr(args, name.replace("-", "_"))]
+    asked = [name for name in ("prototypes", "distill", "synthesis", "known-unknown") if getattr(args, name.replace("-", "_"))]
     return (asked or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
 
 
@@ -305,6 +321,77 @@ def known_unknown_data(args, checkpoint, root):
     return data, dict(aux=data.identity(), train=None)
 
 
+# ─────────────────────────────────────── systems of the related work ───────────────────────────────────────
+
+def margin_objective(args, net, part, counts):
+    """Mask2Anomaly (Rai et al., ICCV 2023): L_k + α · loss_margin, of a part of the batch. L_k is Mask2Former's loss
+    for a mask network, and cross-entropy for the others, whose confidence is max S."""
+    found = net(common.to_input(part["image"]))
+    where = part["label"], part["unknown"], args.alpha
+    if "sets" in found:
+        return common.objective_sets(found["sets"], *where, args.margin, args.margin_published, *counts)
+    return common.objective(found["logits"], *where, "margin", *counts, margin=args.margin,
+                            published=args.margin_published)
+
+
+def count_images(batch, run):
+    """[|D_k|, |D_s|, images] of this rank's share."""
+    return [*pretrain.count_pixels(batch, run), len(batch["label"])]
+
+
+def perceived(f, X):
+    """What f makes of images: the backbone's maps, and the embedding."""
+    maps = f.maps(X)
+    return [*(maps.values() if isinstance(maps, dict) else [maps]), f.head(maps)]
+
+
+def synthesis_objective(f, net, part, counts):
+    """SynthCP's generator and discriminator (Xia et al., ECCV 2020, with SPADE's losses): L_G + L_D of a part.
+
+    L_G = −E D(G(Y)) + 10 · Σ |D's features of G(Y) − of X| + 10 · Σ w |f's features of G(Y) − of X|; L_D: hinge. Every
+    term is a mean over images, so the parts are weighted by their share of the batch.
+    DEVIATION: the perceptual term is in the features of the frozen f, not of VGG19: no download, and they are what the
+    score compares. w is 1 for the last map and half as much for each before it (VGG19's: 1/32, 1/16, 1/8, 1/4, 1)."""
+    X, Y = common.to_input(part["image"]), common.one_hot(part["label"], f.num_classes)
+    found = net((Y, X))
+    real, fake, judged = found["real"], found["fake"], found["judged"]             # [[4 maps, score], …] of two scales
+    L_D = adversarial = matching = 0
+    for r, k, j in zip(real, fake, judged):
+        L_D = L_D + (1 - r[-1]).relu().mean() / 2 + (1 + k[-1]).relu().mean() / 2
+        adversarial = adversarial - j[-1].mean() / 2
+        matching = matching + sum(F.l1_loss(a, b.detach()) for a, b in zip(j[:-1], r[:-1])) / 2
+    with torch.no_grad():
+        wanted = perceived(f, X)
+    made = perceived(f, found["image"].float())
+    perceptual = sum(0.5**k * F.l1_loss(a, b) for k, (a, b) in enumerate(zip(made[::-1], wanted[::-1])))
+    return len(X) / counts[2] * (L_D + adversarial + 10 * matching + 10 * perceptual)
+
+
+def synthesize(args, f, checkpoint, root, device):
+    """Train SynthCP's generator for f and write it to args.out; f is frozen. Its checkpoint names that of f.
+
+    ASSUMPTION: pretraining's crops and augmentation, where SynthCP squeezes images to 512×256; its 100 epochs of linear
+    decay after 100 constant ones are the schedule "poly"."""
+    trained = checkpoint["settings"]
+    with common.first_rank_first():
+        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=args.seed)
+    data.crop, data.scale = trained.get("crop") or data.decode(0)[1].shape, trained.get("scale", (1, 1))
+    f = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    torch.manual_seed(args.seed % 2**63)
+    model = common.Synthesizer(f.backbone_name, f.num_classes, args.generator_width)
+    model = model.to(device, memory_format=torch.channels_last)
+    common.say(common.about_run(device, model))
+
+    ckpt = common.fingerprint(args.ckpt)
+    names = ("epochs", "batch_size", "lr", "schedule", "bn", "seed", "generator_width")
+    settings = dict({n: getattr(args, n) for n in names}, ckpt=ckpt, train=data.identity())
+    facts = dict(common.model_facts(model), stage="synthesis", companion_of=ckpt, root=root,
+                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+    # SynthCP's Adam: no first moment, and four times the rate for the discriminator
+    groups = [dict(params=list(m.parameters()), betas=(0, 0.9), factor=factor)
+              for m, factor in ((model.generator, 1), (model.discriminator, 4))]
+    pretrain.train(model, data, args, device, settings, facts, groups=groups, count=count_images,
+                   objective=functools.partial(synthesis_objective, f))
 # ────────────────────────────────── D_s from elsewhere: pasted patches ──────────────────────────────────
 
 class Pasted(torch.utils.data.Dataset):
@@ -635,7 +722,8 @@ def main():
     common.say(common.resolve(args, args.stage, checkpoint["data"], f.arch, without=other_flags(args)))
     root = common.data_root(args.root, checkpoint)               # X and the training split are read there
     if args.stage != "finetune":
-        return (train_prototypes if args.prototypes else distill)(args, f, checkpoint, root, device)
+        other = dict(prototypes=train_prototypes, distill=distill, synthesis=synthesize)[args.stage]
+        return other(args, f, checkpoint, root, device)
     make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
     data, identity = make[source(args)](args, checkpoint, root)
     groups = add_heads(f, args)
@@ -647,14 +735,17 @@ def main():
              "bn", "seed", "cut", "paste_range", "pure", "paste_control", "flow_lr", "flow_steps", "flow_border")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity,
                     gamma=args.gamma or None)                    # None, as in files that are older than the flag
+    if args.loss == "margin":
+        settings.update(margin=args.margin, margin_published=args.margin_published)
     facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
                  root=root, known_unknown=args.known_unknown)
     # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
-    with_flow = {}
+    count = objective = None
     if source(args) == "flow":
-        with_flow = dict(count=functools.partial(choose_places, args),
-                         objective=functools.partial(eq5_with_samples, args, f.flow))
-    pretrain.train(f, data, args, device, settings, facts, groups=groups, **with_flow)
+        count, objective = functools.partial(choose_places, args), functools.partial(eq5_with_samples, args, f.flow)
+    elif args.loss == "margin":
+        count, objective = pretrain.count_masks if f.decoder else None, functools.partial(margin_objective, args)
+    pretrain.train(f, data, args, device, settings, facts, groups=groups, count=count, objective=objective)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,19 @@ def parse():
                    help="range of the random scale, factors (ours: 0.5 2)")
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=common.ARCHS,
-                   help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A; toy, camvid: fpn)")
+                   help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A; toy, camvid: fpn); mask2former: "
+                   "Mask2Former's decoder on fpn's pyramid, for Mask2Anomaly and Maskomaly")
     g.add_argument("--backbone", choices=tuple(common.BACKBONES),
                    help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
-    g.add_argument("--width", type=common.whole(), help="channels of the fpn head (ours: 256; toy, camvid: 64)")
     g.add_argument("--classifier", choices=common.CLASSIFIERS, default="linear",
                    help="last layer; cosine: PAnS, whose logits are 10 times the cosine to a prototype of each class "
                    "(default: linear)")
+    g.add_argument("--width", type=common.whole(), help="channels of the fpn and mask2former heads (ours: 256; toy, "
+                   "camvid: 64)")
+    g.add_argument("--attention", choices=common.ATTENTIONS, help="mask2former: where a query looks: at its own mask, "
+                   "or by a second attention at the rest too, as in Mask2Anomaly (ours: masked)")
+    g.add_argument("--queries", type=common.whole(), help="mask2former: number of them (ours: 100; toy, camvid: 32)")
+    g.add_argument("--decoder-layers", type=common.whole(), help="mask2former (ours: 9; toy, camvid: 3)")
     g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; "
                    "toy, camvid: none)")
     training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)", micro_batch=32)
@@ -312,7 +318,7 @@ def resume(run, settings):
     if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
         raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
     if out.exists() and not run.restart:
-        checkpoint = common.load_checkpoint(out, companion=None)[1]
+        checkpoint = common.load_checkpoint(out, companion="any")[1]
         epoch, step = adopt(checkpoint, settings, out)
         if epoch >= run.epochs:
             common.say(f"{out} is complete ({epoch} epochs); --restart starts over")
@@ -475,6 +481,21 @@ def eq5(args, net, part, counts, X=None):
                             outlier=found.get("outlier"), gamma=getattr(args, "gamma", 0))   # γ: in fine-tuning alone
 
 
+def count_masks(batch, run):
+    """[|D_k|, |D_s|, masks that queries are matched with, images] of this rank's share: what a mask network's loss is
+    divided by. An image has a mask for each class in it, and at most as many as there are queries."""
+    counts = count_pixels(batch, run)
+    known = ~batch["unknown"] & (batch["label"] < run.f.num_classes)
+    present = [int((torch.bincount(Z[k]) > 0).sum()) for Z, k in zip(batch["label"], known)]
+    return [*counts, sum(min(n, run.f.decoder.queries) for n in present), len(present)]
+
+
+def mask_loss(net, part, counts):
+    """Mask2Former's loss of a part of the batch, in place of L_k."""
+    sets = net(common.to_input(part["image"]))["sets"]
+    return common.objective_sets(sets, part["label"], part["unknown"], 0, 0, False, *counts)
+
+
 def gradient(net, batch, objective, counts, args, run, device):
     """Backpropagate the objective over this rank's share, in parts that fit the memory; returns its value.
 
@@ -551,9 +572,12 @@ def report(run, batch, bar):
     bar.set_postfix_str(f"loss {value:.4f}, {rate:.1f} img/s" + f", {memory:.1f} GiB" * run.cuda)
     if not run.told and done >= min(5 * run.interval, run.n_steps):
         run.told = True
-        tflops = 3 * forward_tflop(run.f, *batch["label"].shape[1:]) * rate / common.world()
+        speed = f"{rate:.1f} images/s"
+        if run.f.arch in common.ARCHS:   # one forward and one backward pass through f, and nothing else
+            tflops = 3 * forward_tflop(run.f, *batch["label"].shape[1:]) * rate / common.world()
+            speed += f", {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, run.device)}"
         left = run.total - run.t
-        common.say(f"{rate:.1f} images/s, {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, run.device)}: about "
+        common.say(f"{speed}: about "
                    f"{left * elapsed / done / 3600:.2f} h for the {left} steps of batch {run.batch_size} that are left")
 
 
@@ -644,7 +668,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}   # dense bf1
 
 def forward_tflop(f, H, W):
     """10¹² operations (2 a multiply-add) of one image of H×W through f; a training step has 3 times that."""
-    shadow = copy.deepcopy(f).to("meta").eval()
+    shadow = copy.deepcopy(f).requires_grad_(False).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.zeros(1, 3, H, W, device="meta"))
     return counter.get_total_flops() / 1e12
@@ -789,7 +813,8 @@ def main():
                                 args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
     torch.manual_seed(args.seed % 2**63)
-    f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width, args.classifier)
+    f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width, args.classifier,
+                         attention=args.attention, queries=args.queries, decoder_layers=args.decoder_layers)
     load_backbone(f, args.weights)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
@@ -797,12 +822,14 @@ def main():
                f"N = {len(scenes.classes)}")
 
     names = ("data", "anomaly", "arch", "backbone", "width", "weights", "epochs", "batch_size", "lr", "crop", "scale",
-             "schedule", "bn", "seed", "classifier", "tradi")
+             "schedule", "bn", "seed", "classifier", "tradi",
+             *(("attention", "queries", "decoder_layers") if f.decoder else ()))
     settings = dict({n: getattr(args, n) for n in names}, dataset=scenes.identity())
     facts = dict(common.model_facts(f), stage="pretrain", classes=list(scenes.classes), data=args.data, root=args.root,
                  anomaly=args.anomaly)
     train(f, scenes, args, device, settings, facts, validate=lambda f: validation(f, val, device),
-          val_every=args.val_every or max(1, args.epochs // 50))
+          val_every=args.val_every or max(1, args.epochs // 50),
+          **(dict(count=count_masks, objective=mask_loss) if f.decoder else {}))
 
 
 if __name__ == "__main__":

@@ -1036,7 +1036,7 @@ def bench_scores(args, device):
             mock.patch.object(common, "fingerprint", lambda _: "f"):
         forward = line("forward", lambda: evaluate.forward([f], X))
         line("tradi 10", lambda: evaluate.forward([f] * 10, X), forward)
-        for name in (*evaluate.SCORES, *evaluate.EXTRA_SCORES, *evaluate.EMBEDDING_SCORES):
+        for name in (*evaluate.PLAIN, "dropout", "crf", "cosine", "knn", "cknn", "dicnet"):
             fs = [cosine if name == "cosine" else f]
             score, seen = evaluate.prepare_scores(fs, [name], options, device)[name], evaluate.forward(fs, X)
             line(name, lambda: score(X, dict(seen), 0), forward)         # a copy: knn keeps its distances there

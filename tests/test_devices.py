@@ -184,7 +184,7 @@ def test_models_losses_and_scores_stay_on_their_device(fake, arch):
     S = common.log_softmax(logits)
     y = torch.zeros(2, dtype=torch.int64, device=fake)
     assert common.loss_mgu(S, (Z == 3).to(fake), y).device.type == "cuda"
-    for score in evaluate.SCORES.values():
+    for score in evaluate.PLAIN.values():
         assert score(logits).device.type == "cuda"
     assert evaluate.mean_softmax([logits, logits]).device.type == "cuda"
     assert evaluate.dropout_logits(f.eval(), common.to_input(image, fake), 2).device.type == "cuda"

@@ -90,7 +90,7 @@ def test_ensemble_is_the_mean_softmax_and_the_mean_logit():
     z = [3 * torch.randn(1, 5, 4, 4) for _ in range(3)]
     models = [argparse.Namespace(outputs=lambda X, z=z_k: dict(logits=z)) for z_k in z]
     names = ["msp", "entropy", "maxlogit", "energy"]
-    scores = evaluate.prepare_scores(models, names, argparse.Namespace(), "cpu")
+    scores = evaluate.prepare_scores(models, names, argparse.Namespace(refine=None), "cpu")
     scores, log_S = evaluate.anomaly_scores(models, None, 0, scores)
     p = torch.stack([v.double().softmax(1) for v in z]).mean(0)
     mean = torch.stack(z).double().mean(0)

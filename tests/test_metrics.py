@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from common import InputError
-from evaluate import SCORES, ScoreHistogram, bin_numbers, curve_metrics, image_metrics, sort_by_class
+from evaluate import PLAIN, ScoreHistogram, bin_numbers, curve_metrics, image_metrics, sort_by_class
 
 RNG = np.random.default_rng
 TOLERANCE = 1e-3  # percentage points, for binned pooled metrics; per-image ones are exact
@@ -110,7 +110,7 @@ def test_bins_hold_the_scores_of_models(sharpness):
     coarse = sharpness * torch.where(unknown[:, None], 0.6, 1) * coarse
     logits = torch.nn.functional.interpolate(coarse, 240, **size)
     positive = unknown.repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()
-    for name, score in SCORES.items():
+    for name, score in PLAIN.items():
         scores = score(logits).numpy()
         want = reference(scores.ravel(), positive.ravel())
         binned = pooled(scores, positive, batches=3)

@@ -18,7 +18,7 @@ import mgu_generate
 import pretrain
 
 SMALL, LARGE, V2 = "mobilenet_v3_large", "resnet50", "mobilenet_v2"
-MODELS = [(arch, backbone) for arch in common.ARCHS for backbone in (SMALL, V2, LARGE)]
+MODELS = [(arch, backbone) for arch in ("deeplabv3", "pspnet", "fpn") for backbone in (SMALL, V2, LARGE)]
 
 
 def lived_in(module, seed=0):

@@ -18,6 +18,8 @@ import finetune
 import pretrain
 from runner import run, run_ok, run_ranks
 
+OUTLIER_SCORES = ("outlier", "outlier_msp", "hybrid")
+
 N, H, W = 4, 40, 56
 
 
@@ -111,7 +113,7 @@ def scores(logits, d):
     """{name: score} of one model, or an ensemble, that says these lists of logits and d."""
     fs = [argparse.Namespace(outlier=True, outputs=lambda X, z=z, d=d: dict(logits=z, outlier=d))
           for z, d in zip(logits, d)]
-    made = evaluate.prepare_scores(fs, evaluate.OUTLIER_SCORES, argparse.Namespace(), "cpu")
+    made = evaluate.prepare_scores(fs, OUTLIER_SCORES, argparse.Namespace(refine=None), "cpu")
     return evaluate.anomaly_scores(fs, None, 0, made)[0]
 
 
@@ -626,8 +628,8 @@ def test_scripts(small, patches, tmp_path):
     run_ok(*tune, "--method", "densehybrid", "--patches", patches, "--out", "dh.pt", folder=tmp_path)
     f, checkpoint = common.load_checkpoint(tmp_path / "dh.pt")
     assert f.outlier is not None and f.flow is None and checkpoint["outlier"]
-    done = run_ok("evaluate.py", "--ckpt", "dh.pt", "--score", *evaluate.OUTLIER_SCORES, "--panels", 0, folder=tmp_path)
-    assert all(name in done.out for name in evaluate.OUTLIER_SCORES)
+    done = run_ok("evaluate.py", "--ckpt", "dh.pt", "--score", *OUTLIER_SCORES, "--panels", 0, folder=tmp_path)
+    assert all(name in done.out for name in OUTLIER_SCORES)
     done = run("evaluate.py", "--ckpt", small / "pretrained.pt", "--score", "hybrid", folder=tmp_path)
     assert done.code == 1 and "--score hybrid" in done.err and len(done.err.splitlines()) == 1
 

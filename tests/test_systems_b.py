@@ -202,7 +202,7 @@ def test_a_cosine_checkpoint_comes_back(tmp_path):
     assert type(g.classifier) is nn.Conv2d and torch.allclose(g(X), f(X), atol=1e-4)
     g.origin = "l.pt", checkpoint
     with pytest.raises(common.InputError, match="l.pt: --score cosine expects"):
-        evaluate.make_cosine([g], None, CPU)
+        evaluate.make_cosine("cosine", [g], None, CPU)
 
 
 # ─────────────────────────────────────────────────── PGAN ───────────────────────────────────────────────────
@@ -308,7 +308,7 @@ def test_a_student_with_the_teachers_weights_scores_zero(tmp_path):
                                                    **mark))
     f, checkpoint = common.load_checkpoint(tmp_path / "t.pt")
     f.origin = str(tmp_path / "t.pt"), checkpoint
-    score = evaluate.make_dicnet([f], options(student=str(tmp_path / "s.pt")), CPU)
+    score = evaluate.make_dicnet("dicnet", [f], options(student=str(tmp_path / "s.pt")), CPU)
     X = torch.rand(1, 3, 48, 64)
     with torch.no_grad():
         exact = score(X, evaluate.forward([f], X), 0)
@@ -319,8 +319,8 @@ def test_a_student_with_the_teachers_weights_scores_zero(tmp_path):
     assert torch.allclose(offset, torch.tensor(0.25), atol=1e-4)
     with pytest.raises(common.InputError, match="distill of another checkpoint, no segmenter"):
         common.load_checkpoint(tmp_path / "s.pt")
-    with pytest.raises(common.InputError, match="t.pt: no student; expected --student"):
-        common.load_checkpoint(tmp_path / "t.pt", companion=True)
+    with pytest.raises(common.InputError, match="t.pt: a checkpoint of .*; expected one of finetune.py --distill"):
+        common.load_checkpoint(tmp_path / "t.pt", companion="distill")
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -341,7 +341,7 @@ def test_distillation_script(small):
     before = common.fingerprint(small / "pretrained.pt")
     flags = "--distill", "--epochs", 2, "--batch-size", 2, "--restart"
     run_ok("finetune.py", *flags, folder=small)
-    student, checkpoint = common.load_checkpoint(small / "student.pt", companion=True)
+    student, checkpoint = common.load_checkpoint(small / "student.pt", companion="distill")
     assert checkpoint["companion_of"] == before == common.fingerprint(small / "pretrained.pt")
     assert not any(k.startswith("head.fuse.1") for k in checkpoint["model"])           # a bare convolution at the end
     loss = [json.loads(line)["loss"] for line in (small / "student.jsonl").read_text().splitlines()]
