@@ -393,9 +393,12 @@ def segmentation_metrics(matrix, classes):
 #   splits           {"train", "val", "test": {"images": folder, "labels": folder, "image_end": …, "label_end": …}}, the
 #                    ends being what the two file names have between the common part and the suffix; or
 #                    {"train": [[image, label], …]}, paths below the root. A list of such tables: the first whose
-#                    folders are there
+#                    folders are there. Two more keys beside the ends: "common" is a regular expression, whose first
+#                    match in the path without end and suffix is the common part (files without one are left out);
+#                    "spare_images": true leaves out images without a label
 #   hold_out         share of the images, at the end of each drive, that validate in place of `val`
 #   unlabeled        classes that "--unlabeled ignore" leaves out of the evaluation
+#   objects          [pixels of the smallest object, of the smallest prediction] that evaluate.py --components counts
 #   counts           number of images of each split, for a warning
 #   layout, source   text for the messages about the sets below
 
@@ -450,11 +453,59 @@ IDD_LITE = {
     "classes": {"drivable": 0, "non-drivable": 1, "living things": 2, "vehicles": 3, "roadside objects": 4,
                 "far objects": 5, "sky": 6},
     "ignored": [255],
-    "splits": {s: {"images": f"leftImg8bit/{s}", "image_end": "_image", "labels": f"gtFine/{s}", "label_end": "_label"}
-               for s in ("train", "val")},
+    "splits": {s: {"images": f"leftImg8bit/{s}", "labels": f"gtFine/{s}", "image_end": "_image", "label_end": "_label",
+                   "common": "^(?!.*_inst$).+"} for s in ("train", "val")},   # ID_inst_label.png lies beside it
     "counts": {"train": 1403, "val": 204},
     "layout": "leftImg8bit/{train,val}/DRIVE/ID_image.jpg    gtFine/{train,val}/DRIVE/ID_label.png",
     "source": "IDD Lite of the India Driving Dataset, idd.insaan.iiit.ac.in",
+}
+
+# Photographs of unknown objects: test sets, whose labels tell anomaly, not and ignored alone. Beside the official
+# layout each is read as it is often passed on: images/NAME and labels_masks/NAME
+PLAIN = {"test": {"images": "images", "labels": "labels_masks"}}
+ROADANOMALY = {
+    "classes": {}, "known": [0, 1], "anomaly": [2],
+    "splits": [PLAIN, {"test": {"images": "frames", "labels": "frames", "label_end": ".labels/labels_semantic",
+                                "common": "^[^/]+$"}}],
+    "counts": {"test": 60},
+    "layout": "frames/NAME.jpg    frames/NAME.labels/labels_semantic.png\nor\n"
+              "images/NAME.jpg    labels_masks/NAME.png",
+    "source": "RoadAnomaly (Lis et al., ICCV 2019), cvlab.epfl.ch/data/road-anomaly; 2 is the anomaly",
+}
+SMIYC = {"test": {"images": "images", "labels": "labels_masks", "spare_images": True,   # most have no public label
+                  "common": "^(?!.*_color$).*?(?=_labels_semantic$|$)"}}
+ROADANOMALY21 = {
+    "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+    "splits": SMIYC,
+    "counts": {"test": 10},
+    "layout": "images/NAME.jpg    labels_masks/NAME_labels_semantic.png, or NAME.png (dataset_AnomalyTrack)",
+    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), RoadAnomaly21, segmentmeifyoucan.com",
+}
+ROADOBSTACLE21 = {
+    **ROADANOMALY21, "objects": [10, 50], "counts": {"test": 30},
+    "layout": "images/NAME.webp    labels_masks/NAME_labels_semantic.png, or NAME.png (dataset_ObstacleTrack)",
+    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), RoadObstacle21, segmentmeifyoucan.com",
+}
+FISHYSCAPES_STATIC = {
+    "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+    "splits": [PLAIN, {"test": {"images": "original", "labels": "labels"}},
+               {"test": {"images": "validation_set", "labels": "validation_set", "image_end": "_rgb",
+                         "label_end": "_labels"}}],
+    "counts": {"test": 30},
+    "layout": "validation_set/N_NAME_rgb.png    validation_set/N_NAME_labels.png\nor\n"
+              "images/NAME.jpg    labels_masks/NAME.png\nor\noriginal/NAME.png    labels/NAME.png",
+    "source": "Fishyscapes Static (Blum et al., IJCV 2021), validation set, fishyscapes.com; its archive holds what is "
+              "to be added to Cityscapes' images: write the sums",
+}
+FISHYSCAPES_LAF = {
+    "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+    "splits": [{"test": {"images": "leftImg8bit", "labels": "fishyscapes_lostandfound", "image_end": "_leftImg8bit",
+                         "label_end": "_labels", "common": r"\d\d_[A-Z][^/]*$", "spare_images": True}},
+               PLAIN, {"test": {"images": "original", "labels": "labels"}}],
+    "counts": {"test": 100},
+    "layout": "leftImg8bit/{train,test}/STREET/NAME_leftImg8bit.png\nfishyscapes_lostandfound/N_NAME_labels.png\nor\n"
+              "images/NAME.png    labels_masks/NAME.png\nor\noriginal/NAME.png    labels/NAME.png",
+    "source": "the masks of fishyscapes.com for images of Lost and Found (6d-vision.com/lostandfounddataset)",
 }
 DATASETS = {
     "streethazards": STREETHAZARDS,
@@ -463,6 +514,11 @@ DATASETS = {
     "bdd": BDD,
     "camvid": CAMVID,
     "idd_lite": IDD_LITE,
+    "roadanomaly": ROADANOMALY,
+    "roadanomaly21": ROADANOMALY21,
+    "roadobstacle21": ROADOBSTACLE21,
+    "fishyscapes_static": FISHYSCAPES_STATIC,
+    "fishyscapes_laf": FISHYSCAPES_LAF,
     "folder": {"layout": "dataset.json and the folders that it names", "source": "README, \"Your own data\""},
 }
 
@@ -494,8 +550,8 @@ def dataset_spec(data, root=None):
 
 
 SPEC_TYPES = {"classes": dict, "ignored": list, "known": list, "anomaly": list, "anomaly_classes": list,
-              "splits": (dict, list), "hold_out": (int, float), "unlabeled": list, "counts": dict, "layout": str,
-              "source": str}
+              "splits": (dict, list), "hold_out": (int, float), "unlabeled": list, "objects": list, "counts": dict,
+              "layout": str, "source": str}
 
 
 def expect(ok, key, expected, found):
@@ -539,6 +595,8 @@ def check_spec(spec):
     expect(not (spec.get("anomaly") and spec.get("anomaly_classes")), "anomaly_classes", "it or anomaly, not both",
            spec.get("anomaly_classes"))
     expect(0 < spec.get("hold_out", 0.5) < 1, "hold_out", "a share between 0 and 1", spec.get("hold_out"))
+    sizes = spec.get("objects", [1, 1])
+    expect(len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes), "objects", "two numbers of pixels", sizes)
     check_keys("counts", spec.get("counts", {}), SPLITS)
     for split, n in spec.get("counts", {}).items():
         expect(type(n) is int, f"counts.{split}", "a number of images", n)
@@ -552,9 +610,15 @@ def check_spec(spec):
 def check_split(key, where):
     """The same for one split: an object of two folders, or a list of pairs of paths."""
     if isinstance(where, dict):
-        check_keys(key, where, ("images", "labels", "image_end", "label_end"), ("images", "labels"))
-        for k, text in where.items():
-            expect(isinstance(text, str), f"{key}.{k}", "a text", text)
+        check_keys(key, where, ("images", "labels", "image_end", "label_end", "common", "spare_images"),
+                   ("images", "labels"))
+        for k, value in where.items():
+            expect(type(value) is (bool if k == "spare_images" else str), f"{key}.{k}",
+                   "true or false" if k == "spare_images" else "a text", value)
+        try:
+            re.compile(where.get("common", ""))
+        except re.error as e:
+            raise InputError(f"{key}.common: no regular expression: {e}")
         ends = where.get("image_end", ""), where.get("label_end", "")
         if Path(where["images"]) == Path(where["labels"]) and ends[0] == ends[1]:
             raise InputError(f"{key}: images and labels are one folder; expected two, or an image_end or label_end")
@@ -647,9 +711,10 @@ def walk(folder, above=()):
             yield entry.path
 
 
-def files_by_name(folder, suffixes, end, other_end=None):
+def files_by_name(folder, suffixes, end, other_end=None, common=""):
     """{path below the folder without `end` and suffix: path} of the files that have both; `other_end` is for a folder
-    that holds images and labels. InputError where two files differ in their suffix alone."""
+    that holds images and labels; `common`: the part of that path to take, a regular expression. InputError where two
+    files differ in their suffix alone."""
     table = {}
     for path in walk(os.fspath(folder)):
         name, suffix = os.path.splitext(path)
@@ -658,6 +723,11 @@ def files_by_name(folder, suffixes, end, other_end=None):
         if other_end and other_end.endswith(end) and name.endswith(other_end):
             continue
         name = os.path.relpath(name[:len(name) - len(end)], folder)
+        if common:
+            match = re.search(common, name.replace(os.sep, "/"))
+            if not match:
+                continue
+            name = match[0]
         if name in table:
             one, two = sorted((str(table[name]), path))
             raise InputError(f"{one} and {os.path.basename(two)}: two files of one name; expected one of them")
@@ -674,11 +744,12 @@ def pair_up(root, where):
     folders = root / where["images"], root / where["labels"]
     ends = where.get("image_end", ""), where.get("label_end", "")
     other = ends[::-1] if folders[0] == folders[1] else (None, None)
-    images, labels = (files_by_name(*a) for a in zip(folders, (IMAGES, LABELS), ends, other))
+    images, labels = (files_by_name(*a, where.get("common", "")) for a in zip(folders, (IMAGES, LABELS), ends, other))
     pairs = sorted((path, labels[name]) for name, path in images.items() if name in labels)
     # Expected names: the suffix of the split's other files
     suffixes = [next((p.suffix for p in table.values()), ".png") for table in (images, labels)]
-    no_label = sorted((p, folders[1] / f"{n}{ends[1]}{suffixes[1]}") for n, p in images.items() if n not in labels)
+    no_label = sorted((p, folders[1] / f"{n}{ends[1]}{suffixes[1]}") for n, p in images.items()
+                      if n not in labels and not where.get("spare_images"))
     no_image = sorted((p, folders[0] / f"{n}{ends[0]}{suffixes[0]}") for n, p in labels.items() if n not in images)
     return pairs, no_label, no_image
 
