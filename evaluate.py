@@ -118,6 +118,8 @@ def parse():
     g.add_argument("--workers", type=common.whole(), help="threads that read them (default: 8 on CUDA, else 1)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
     args = p.parse_args()
+    if len(args.size or ()) == 2 and not any(n % 1 for n in args.size):
+        args.size = [int(n) for n in args.size]
     size, folders, sets = args.size or [1], len(args.root or ()), len(args.data or [0])
     for wrong, told in (
             (len(size) > 2 or len(size) == 2 and any(n % 1 for n in size), "--size: expected H W or a factor"),
