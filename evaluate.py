@@ -251,7 +251,7 @@ def over_views(X, views, maps):
     def resized(t, size):
         return t if t.shape[-2:] == size else nn.functional.interpolate(t, size, mode="bilinear", antialias=True)
 
-    own, scores, log_S = X.shape[-2:], [], []
+    own, scores, log_S = X.shape[-2:], {}, None
     for size, scale, flip in views:
         seen = X
         if [*size, scale] != [1, 1]:
@@ -259,12 +259,9 @@ def over_views(X, views, maps):
             seen = resized(X, torch.Size(max(32, round(scale * n)) for n in full))
         of_view, log_S_of_view = maps(seen.flip(-1) if flip else seen)
         back = lambda t: resized(t.flip(-1) if flip else t, own)
-        scores.append({k: back(v[:, None])[:, 0] for k, v in of_view.items()})
-        log_S.append(back(log_S_of_view))
-    if len(views) == 1:
-        return scores[0], log_S[0]
-    return ({k: torch.stack([s[k] for s in scores]).mean(0) for k in scores[0]},
-            torch.stack(log_S).logsumexp(0) - math.log(len(views)))
+        scores = {k: back(v[:, None])[:, 0] + scores.get(k, 0) for k, v in of_view.items()}
+        log_S = back(log_S_of_view) if log_S is None else torch.logaddexp(log_S, back(log_S_of_view))
+    return {k: v / len(views) for k, v in scores.items()}, log_S - math.log(len(views))
 
 
 def seed_dropout(args, index):
