@@ -181,6 +181,13 @@ def test_thresholds_against_scikit_learn(seed, exact):
 
 
 @pytest.mark.parametrize("exact", (0, 10))
+def test_the_highest_of_equal_thresholds(exact):
+    """F1 is ⅔ at 100, with one of two positives, and at 0.001, with both and two negatives."""
+    h = histogram(np.float32([100, 50, 50, 0.001]), np.array([1, 0, 0, 1], bool), exact)
+    assert evaluate.f1_threshold(h) == 100
+
+
+@pytest.mark.parametrize("exact", (0, 10))
 def test_thresholds_without_a_class(exact):
     none = evaluate.ScoreHistogram(exact)
     assert evaluate.share_threshold(none, 0.95) is evaluate.f1_threshold(none) is None
