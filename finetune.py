@@ -73,7 +73,7 @@ class AuxiliarySet(torch.utils.data.Dataset):
     uint8 (H, W), unknown bool (H, W) = D_s, index = i). With n samples: 0 ≤ i < n are these, n ≤ i < 2n those of --mix.
 
     folder: of the set. root: of the dataset, where X is read. unknown, images: the flags. clean: also the X of every
-    sample. train: also as many items of this common.Scenes (the training split, augmented), or None. Every random
+    sample. train: also as many items of this TrainingScenes (the training split, augmented), or None. Every random
     number is a function of (seed, epoch, i), that of a control of (seed, i).
     Raises InputError for a set that is not complete or not well-formed, and an item where X is not under `root`.
     ASSUMPTION: no augmentation: X' lies near the boundary pixel by pixel, and resampling would move it away."""
@@ -196,20 +196,34 @@ def auxiliary_data(args, checkpoint, root):
         # ASSUMPTION: pretraining's augmentation in a window as large as the auxiliary images, so that they stack
         size, scale = first["label"].shape, checkpoint["settings"].get("scale", (1, 1))
         with common.first_rank_first():
-            data.train = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], size, scale, args.seed)
+            data.train = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], size, scale,
+                                                 args.seed)
         identity["train"] = data.train.identity()
     D_s = "none" if args.images == "clean" else f"{args.unknown} pixels of I_ỹ"
     common.say(f"{len(data)} images, D_s = {D_s}, images {args.images}, mix {args.mix}")
     return data, identity
 
 
-def known_unknown_data(args, checkpoint, root):
-    """The pilot study's set (Sec. IV-C): the training images, with the pixels of some known classes as D_s.
+class KnownUnknown(common.Scenes):
+    """The pilot study (Sec. IV-C): the training images, where D_s is the pixels of some known classes; item (epoch, i)
+    → dict(image uint8 (3, H, W), label uint8 (H, W), unknown bool (H, W) = D_s, index = i).
 
     ASSUMPTION: all training images at full size, from the model that was trained on all classes."""
+
+    def __init__(self, data, root, anomaly, unknown):
+        super().__init__(data, root, "train", anomaly)
+        self.unknown = torch.tensor(unknown, dtype=torch.uint8)   # indices of these classes
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key[1])
+        return dict(item, unknown=torch.isin(item["label"], self.unknown))
+
+
+def known_unknown_data(args, checkpoint, root):
+    """(KnownUnknown, what it was made from as plain values)."""
     unknown = common.class_indices(args.known_unknown, checkpoint["classes"], "--known-unknown")
     with common.first_rank_first():
-        data = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"], unknown=unknown)
+        data = KnownUnknown(checkpoint["data"], root, checkpoint["anomaly"], unknown)
     common.say(f"{len(data)} images, D_s = {', '.join(args.known_unknown)}")
     return data, dict(aux=data.identity(), train=None)
 
@@ -228,8 +242,8 @@ def main():
     names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
              "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity)
-    facts = {k: checkpoint[k] for k in ("arch", "backbone", "classes", "data", "anomaly")}
-    facts.update(width=checkpoint.get("width", 256), root=root, stage="finetune", known_unknown=args.known_unknown)
+    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
+                 root=root, known_unknown=args.known_unknown)
     # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
     pretrain.train(f, data, args, device, settings, facts)
 

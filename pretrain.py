@@ -11,12 +11,16 @@
 
 The training loop is here too: `train` minimises Eq. 5, for this stage with an empty D_s, for finetune.py with the
 auxiliary set's. A run that was stopped or killed continues when the same command is given again.
+
+Sections: the training loop · training images (augmentation, --cache) · stage 1
 """
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -27,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,7 +105,7 @@ def training_flags(parser, epochs_help, micro_batch=32):
 
 # ──────────────────────────────────────────── the training loop ────────────────────────────────────────────
 
-def train(f, data, args, device, settings, facts, validate=None, val_every=1):
+def train(f, data, args, device, settings, facts, validate=None, val_every=1, count=None, objective=None):
     """Minimise Eq. 5 over `data` with Adam; writes args.out (and .jsonl, .png beside it) and returns nothing.
 
     f         Segmenter on `device`
@@ -109,6 +114,11 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     settings  every plain value that decides the result; a checkpoint of other settings is refused
     facts     what later stages need, stored in the checkpoint
     validate  f → dict(miou), every `val_every` epochs and at the end
+    count     (batch, run) → whole numbers of this rank's share, the pixels of D_k first; the sums over the ranks are
+              `counts`. It may edit the batch: it sees it on the host, before any part goes through f (default: |D_k|,
+              |D_s|)
+    objective (net, part, counts) → scalar, for a part of the batch on the device; X → net(X) is f.outputs under
+              autocast. The sum over all parts and ranks is what is minimised (default: Eq. 5 by args.alpha, args.loss)
 
     The gradient is that of the whole global batch: each part divides its loss sums by the pixel counts of the
     batch (Eq. 5 is an expectation over pixels), and parts and ranks are summed by one all-reduce. Every random
@@ -116,6 +126,8 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
     that was killed continues to the same result (bit-identical on a CPU).
     Raises InputError for a non-finite loss or step, after which the last good checkpoint stands.
     """
+    count = count or count_pixels
+    objective = objective or functools.partial(eq5, args)
     run = Run(f, data, args, device)
     with common.locked(run.out), contextlib.closing(batches(data, args, run, device)) as loader:
         if not resume(run, settings):
@@ -132,11 +144,11 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1):
                 freeze_batch_norm(f)
             batch = next(loader)
             # Eq. 5 is a mean over |D_k| and |D_s| of the global batch: known before any part of it goes through f
-            n_k, n_s, stopped = count_pixels(batch, f.num_classes, run)
-            loss = gradient(net, batch, n_k, n_s, args, run, device)             # of Eq. 5, of this rank's share
+            counts, stopped = count_over_ranks(count, batch, run)
+            loss = gradient(net, batch, objective, counts, args, run, device)    # of Eq. 5, of this rank's share
             sum_over_ranks(loss, f, args)
             for group in run.optimiser.param_groups:
-                group["lr"] = learning_rate(args, run.t / run.total)
+                group["lr"] = learning_rate(args, run.t / run.total) * group.get("factor", 1)
             run.optimiser.step()
             run.pending.append((run.t, loss, batch["index"].tolist()))
             run.t += 1
@@ -253,7 +265,7 @@ def adopt(checkpoint, settings, path):
 
 
 def prepare(f, args, run, device):
-    """f as it is called: with synchronised batch norm, compiled, or itself."""
+    """X → f.outputs(X), in bf16 where that is asked for; with synchronised batch norm, compiled."""
     if args.sync_bn and common.world() > 1 and run.cuda:
         if not args.micro_batch:
             raise common.InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
@@ -263,7 +275,14 @@ def prepare(f, args, run, device):
         f = nn.SyncBatchNorm.convert_sync_batchnorm(f)
     # One shape for the whole run: let cuDNN try its algorithms, which takes 15 s, where the run is long
     torch.backends.cudnn.benchmark = run.cuda and run.total - run.t >= 2000
-    return torch.compile(f) if args.compile else f
+    outputs = torch.compile(f.outputs) if args.compile else f.outputs
+    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
+    bf16 = (args.precision or ("bf16" if run.cuda else "float32")) == "bf16"
+
+    def net(X):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return outputs(X)
+    return net
 
 
 def batches(data, args, run, device):
@@ -327,30 +346,40 @@ def freeze_batch_norm(f):
             m.eval()
 
 
-def count_pixels(batch, N, run):
-    """(|D_k|, |D_s|) of the global batch, and how many ranks were asked to stop: on the host, before the forward."""
+def count_pixels(batch, run):
+    """[|D_k|, |D_s|] of this rank's share of a batch."""
     label = batch["label"]
     unknown = batch.setdefault("unknown", torch.zeros_like(label, dtype=torch.bool))
-    known = (label < N) & ~unknown
-    counts = torch.tensor([int(known.sum()), int(unknown.sum()), len(run.stop)])
-    n_k, n_s, stopped = common.all_sum(counts).tolist()
-    run.labelled += n_k
+    known = (label < run.f.num_classes) & ~unknown
+    return [int(known.sum()), int(unknown.sum())]
+
+
+def count_over_ranks(count, batch, run):
+    """(the counts of the global batch, how many ranks were asked to stop): on the host, before the forward pass."""
+    *counts, stopped = common.all_sum(torch.tensor([*count(batch, run), len(run.stop)])).tolist()
+    run.labelled += counts[0]
     if not run.labelled and run.t + 1 - run.first >= min(10, run.n_steps):
         raise common.InputError(f"{run.data.name(0)} and the images after it: no labelled pixel in "
-                                f"{run.t + 1 - run.first} steps; expected labels of the {N} classes")
-    return n_k, n_s, stopped
+                                f"{run.t + 1 - run.first} steps; expected labels of the {run.f.num_classes} classes")
+    return counts, stopped
 
 
-def gradient(net, batch, n_k, n_s, args, run, device):
-    """Backpropagate Eq. 5 over this rank's share, in parts that fit the memory; returns its value on the device.
+def eq5(args, net, part, counts):
+    """Eq. 5 of a part of the batch: Σ L_k / |D_k| + α · Σ (L_KL or L_ER) / |D_s|, with the counts of the whole."""
+    logits = net(common.to_input(part["image"]))["logits"]                       # (b, N, H, W)
+    return common.objective(logits, part["label"], part["unknown"], args.alpha, args.loss, *counts)
 
-    batch: image uint8 (n, 3, H, W), label uint8 (n, H, W), unknown bool (n, H, W) = D_s. n_k, n_s: pixels of the
-    global batch. Where a part does not fit a GPU's memory, all parts are made again at half the size.
+
+def gradient(net, batch, objective, counts, args, run, device):
+    """Backpropagate the objective over this rank's share, in parts that fit the memory; returns its value.
+
+    batch: image uint8 (n, 3, H, W), label uint8 (n, H, W), unknown bool (n, H, W) = D_s, index (n,), and whatever
+    `count` put in. counts: of the global batch. Where a part does not fit a GPU's memory, all parts are made again at half the size.
     Raises InputError where two images do not fit, or --micro-batch was given."""
     buffers = [(b, b.clone()) for b in run.f.buffers()] if run.cuda and not args.micro_batch else []
     while True:
         try:
-            return accumulate(net, batch, n_k, n_s, args, run, device)
+            return accumulate(net, batch, objective, counts, args, run, device)
         except torch.cuda.OutOfMemoryError:
             run.micro = min(run.micro, len(batch["label"])) // 2
             if args.micro_batch or run.micro < 2:
@@ -363,20 +392,16 @@ def gradient(net, batch, n_k, n_s, args, run, device):
         print(f"rank {common.rank()}: out of GPU memory, going on with --micro-batch {run.micro}", flush=True)
 
 
-def accumulate(net, batch, n_k, n_s, args, run, device):
-    """One try of `gradient`: parts of run.micro images; their Σ L_k / n_k + α · Σ (L_KL or L_ER) / n_s make Eq. 5."""
-    # ASSUMPTION: bf16 on CUDA, where the paper names no precision
-    precision = args.precision or ("bf16" if run.cuda else "float32")
+def accumulate(net, batch, objective, counts, args, run, device):
+    """One try of `gradient`: the objective of parts of run.micro images, whose sum is that of the batch."""
     torch.manual_seed(((args.seed * 1_000_003 + run.t) * 1009 + common.rank()) % 2**63)   # dropout
     run.optimiser.zero_grad()
     loss = torch.zeros((), device=device)
     n = len(batch["label"])
     parts = min(-(-n // run.micro), n // 2)   # at least 2 images each: batch norm after a 1×1 pooling needs them
-    for part in zip(*(batch[k].tensor_split(parts) for k in ("image", "label", "unknown"))):
-        image, Z, D_s = (v.to(device, non_blocking=True) for v in part)          # before the forward pass: no wait
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = net(common.to_input(image))                                 # (b, N, H, W)
-        part_loss = common.objective(logits, Z, D_s, args.alpha, args.loss, n_k, n_s)
+    for part in zip(*(values.tensor_split(parts) for values in batch.values())):
+        part = {k: v.to(device, non_blocking=True) for k, v in zip(batch, part)}   # before the forward pass: no wait
+        part_loss = objective(net, part, counts)
         part_loss.backward()
         loss += part_loss.detach()
     return loss
@@ -387,7 +412,7 @@ def sum_over_ranks(loss, f, args):
     if common.world() == 1:
         return
     averages = [b for name, b in f.named_buffers() if "running_" in name and args.bn == "train"]
-    tensors = [loss, *(p.grad for p in f.parameters() if p.requires_grad), *averages]
+    tensors = [loss, *(p.grad for p in f.parameters() if p.grad is not None), *averages]   # the same on every rank
     flat = common.all_sum(torch.cat([t.reshape(-1) for t in tensors]))
     for t, summed in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(summed.view_as(t))
@@ -524,7 +549,126 @@ def share_of_peak(tflops, device):
     return f" ({100 * tflops / peak:.1f} % of {peak}, dense bf16)" if peak else ""
 
 
+# ──────────────────────────────────────────── training images ────────────────────────────────────────────
+
+class TrainingScenes(common.Scenes):
+    """A split for training: item (epoch, i) → dict(image uint8 (3, h, w), label uint8 (h, w), index = i), augmented.
+
+    crop: (h, w) of an item; scale: range of the random scale. Random numbers are a function of (seed, epoch, i) alone,
+    so that neither loader processes nor interruptions change them. cache: a folder for a decoded copy of the split."""
+
+    cached = None   # paths of the copy
+
+    def __init__(self, data, root, split, anomaly=None, crop=(512, 512), scale=(1, 1), seed=0, cache=None):
+        super().__init__(data, root, split, anomaly)
+        self.crop, self.scale, self.seed = crop, scale, seed
+        self.cached = decoded_cache(self, cache) if cache else None
+
+    def decode(self, i):
+        """(image uint8 (H, W, 3), label uint8 (H, W)) at full size."""
+        if not self.cached:
+            return super().decode(i)
+        # Opened for every item: as attributes they would be copied whole into spawned processes
+        return tuple(np.load(path, "r", allow_pickle=False)[i] for path in self.cached)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        image, label = self.decode(i)
+        image, label = augment(image, label, self.crop, self.scale, np.random.default_rng([self.seed, epoch, i]))
+        return dict(image=torch.tensor(image).permute(2, 0, 1), label=torch.tensor(label), index=i)
+
+
+def augment(image, label, crop, scale, rng):
+    """Random scale, crop and flip, in one resampling of the window (image bilinear, label nearest).
+
+    ASSUMPTION: DeepLabv3's choice (scale 0.5 to 2, crop, flip); the scale is uniform in its logarithm, and outside the
+    image is grey 114 and ignored. The paper names none."""
+    s = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
+    size = [max(1, round(c / s)) for c in crop]           # the window in source pixels
+    window = []
+    for full, part in zip(label.shape, size):
+        at = int(rng.integers(min(0, full - part), max(0, full - part) + 1))   # below 0: the window overhangs
+        window.append((at, slice(max(at, 0), min(at + part, full))))
+    (y, ys), (x, xs) = window
+    patch, ids = np.full((*size, 3), 114, np.uint8), np.full(size, common.IGNORED, np.uint8)
+    inside = (slice(ys.start - y, ys.stop - y), slice(xs.start - x, xs.stop - x))
+    patch[inside], ids[inside] = image[ys, xs], label[ys, xs]
+    if rng.random() < 0.5:
+        patch, ids = patch[:, ::-1], ids[:, ::-1]
+    if tuple(size) != tuple(crop):
+        patch = np.asarray(Image.fromarray(np.ascontiguousarray(patch)).resize(crop[::-1], Image.BILINEAR))
+        ids = np.asarray(Image.fromarray(np.ascontiguousarray(ids)).resize(crop[::-1], Image.NEAREST))
+    return np.ascontiguousarray(patch), np.ascontiguousarray(ids)
+
+
+def decoded_cache(scenes, folder):
+    """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
+    source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
+    folder = Path(folder)
+    listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
+    # Another root or anomaly: another copy. Another state of the files: in place of the old copy
+    of = f"{scenes.data}-{scenes.split}-{common.digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"
+    paths = [folder / f"{of}-{common.digest(chr(10).join(listing))}-{kind}.npy" for kind in ("images", "labels")]
+    if all(p.exists() for p in paths):
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    # Temporary files of a killed run; a young one may be another run's
+    old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]
+    for stale in [*folder.glob(f"{of}-*"), *old]:
+        stale.unlink(missing_ok=True)
+    H, W = scenes.decode(0)[1].shape
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(common.replacing(p)) for p in paths]
+        images, labels = (np.lib.format.open_memmap(p, "w+", np.uint8, (len(scenes), H, W, *tail))
+                          for p, tail in zip(files, ((3,), ())))
+        if hasattr(os, "posix_fallocate"):   # a full disk is an error here, not a crash on a later write
+            for p in files:
+                with open(p, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(p))
+
+        def put(i):
+            image, label = scenes.decode(i)
+            if label.shape != (H, W):
+                raise common.InputError(f"{scenes.name(i)}: {label.shape[1]}×{label.shape[0]}, the first image is "
+                                        f"{W}×{H}; --cache expects one size: leave it out")
+            images[i], labels[i] = image, label
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(common.progress(pool.map(put, range(len(scenes))), "decoding to the cache", total=len(scenes)))
+        images.flush()
+        labels.flush()
+    return paths
+
+
 # ─────────────────────────────────────────────── stage 1 ───────────────────────────────────────────────
+
+def load_backbone(f, weights):
+    """Load backbone weights into f: "none", "imagenet" (torchvision's; downloaded once) or a state-dict file.
+
+    Raises InputError where they cannot be had or do not fit."""
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        enum = common.BACKBONES[f.backbone_name]
+        kept = Path(torch.hub.get_dir(), "checkpoints", enum.url.rpartition("/")[2])   # torchvision's cache
+        there = kept.exists()
+        try:
+            state = enum.get_state_dict(progress=False, check_hash=True)
+        except Exception as e:   # no network; or whatever a damaged file makes torch raise
+            if there:
+                raise common.InputError(f"{kept}: not the ImageNet weights of {f.backbone_name} (a broken download?): "
+                                        "delete the file, and they are fetched again")
+            raise common.InputError(f"cannot download the ImageNet weights ({getattr(e, 'reason', e)}): pass --weights "
+                                    f"none to start from random weights, or fetch {enum.url} elsewhere and pass "
+                                    "--weights FILE")
+    else:
+        state = common.load_tensors(weights, "a state dict of torchvision's ImageNet classifier")
+    try:
+        state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+        f.backbone.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as e:
+        raise common.InputError(f"{weights}: not the weights of {f.backbone_name}: "
+                                f"{str(e).splitlines()[-1].strip()[:200]}")
+
 
 def main():
     args = parse()
@@ -533,12 +677,12 @@ def main():
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
         args.root = common.default_root(args.data, args.root, write=True)
-        scenes = common.Scenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
-                               cache=args.cache)
+        scenes = TrainingScenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
+                                args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
     torch.manual_seed(args.seed % 2**63)
     f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width)
-    common.load_backbone(f, args.weights)
+    load_backbone(f, args.weights)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
     common.say(f"{args.data} at {args.root}: {len(scenes)} training and {len(val)} validation images, "
@@ -547,8 +691,8 @@ def main():
     names = ("data", "anomaly", "arch", "backbone", "width", "weights", "epochs", "batch_size", "lr", "crop", "scale",
              "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, dataset=scenes.identity())
-    facts = dict(stage="pretrain", arch=args.arch, backbone=args.backbone, width=args.width,
-                 classes=list(scenes.classes), data=args.data, root=args.root, anomaly=args.anomaly)
+    facts = dict(common.model_facts(f), stage="pretrain", classes=list(scenes.classes), data=args.data, root=args.root,
+                 anomaly=args.anomaly)
     train(f, scenes, args, device, settings, facts, validate=lambda f: validation(f, val, device),
           val_every=args.val_every or max(1, args.epochs // 50))
 

@@ -468,8 +468,8 @@ def write_street(folder, H, W, n):
 
 def street_scenes(folder, H, W, cache=None):
     with contextlib.redirect_stdout(io.StringIO()):   # "n training images, where streethazards has 5125"
-        return common.Scenes("streethazards", str(folder), "train", crop=(min(H, 512), min(W, 512)), scale=(0.5, 2.0),
-                             cache=cache)
+        return pretrain.TrainingScenes("streethazards", str(folder), "train", crop=(min(H, 512), min(W, 512)),
+                                       scale=(0.5, 2.0), cache=cache)
 
 
 def time_reading(folder, small):

@@ -67,8 +67,8 @@ def predict_every_class(path):
         for m in norms:
             m.reset_running_stats()
             m.momentum = None   # the plain mean
-        f.train().features(X)
-        x = f.eval().features(X)
+        f.train()(X)
+        x = f.activation(f.eval().embed(X))
         weight = torch.randn(f.num_classes, x.shape[1], generator=torch.Generator().manual_seed(0))
         mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)) + 1e-6
         weight *= 3 / (std * x.shape[1]**0.5)

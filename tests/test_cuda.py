@@ -76,7 +76,7 @@ print(json.dumps(found))
 GROUP = """
 import os, sys
 import torch
-import common, pretrain
+import common, evaluate, pretrain
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
 device = torch.device(sys.argv[1])
 if device.type == "cuda":
@@ -85,7 +85,7 @@ if device.type == "cuda":
 torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 assert common.all_sum(torch.tensor([3, 4])).tolist() == [3, 4]
 assert common.all_sum(torch.tensor([1.5, 2.5], device=device)).tolist() == [1.5, 2.5]
-assert common.gather({"a": 1}) == [{"a": 1}] and common.gather_first(lambda: 7) == [7]
+assert common.gather({"a": 1}) == [{"a": 1}] and evaluate.gather_first(lambda: 7) == [7]
 with common.first_rank_first():
     pass
 common.barrier()

@@ -14,6 +14,9 @@ import torch
 from PIL import Image, ImageOps
 
 import common
+import evaluate
+import finetune
+import pretrain
 import toy
 from conftest import predict_every_class
 from runner import run, run_ok
@@ -160,9 +163,7 @@ def test_streethazards(tmp_path, capsys):
 def test_synthetic_unknown_pixels_of_known_classes(tmp_path):
     """The pilot study: D_s is the pixels of the classes (Sec. IV-C)."""
     root = streethazards(tmp_path, train=ids(1, 2, 3, 4, 13))
-    plain = common.Scenes("streethazards", root, "train")
-    assert "unknown" not in plain[0]
-    item = common.Scenes("streethazards", root, "train", unknown=[1, 11])[0]     # building (id 2), traffic sign (id 13)
+    item = finetune.KnownUnknown("streethazards", root, None, [1, 11])[3, 0]     # building (id 2), traffic sign (id 13)
     assert item["unknown"].dtype == torch.bool
     assert np.array_equal(item["unknown"].numpy(), np.isin(ids(1, 2, 3, 4, 13), (2, 13)))
 
@@ -173,8 +174,9 @@ def test_missing_folder(tmp_path, data):
         (tmp_path / "photographs").mkdir(exist_ok=True)
         split = "train" if common.DATASETS[data].get("classes", True) else "test"      # test sets of anomalies alone
         message = refused(lambda: common.Scenes(data, root, split), root, found, common.DATASETS[data]["source"])
-        for line in common.DATASETS[data]["layout"].splitlines():
-            assert line in message
+        tables = common.as_list(common.DATASETS[data].get("splits", []))
+        for folder in [where[key] for table in tables for where in table.values() for key in ("images", "labels")]:
+            assert folder in message
 
 
 def test_one_missing_folder_is_named(tmp_path):
@@ -432,7 +434,7 @@ def test_upright(tmp_path, value):
     exif_jpeg(path, Image.fromarray(picture()), [(0x0112, 3, 1, struct.pack(">HH", value, 0))])
     stored = np.array(Image.open(path))
     assert np.array_equal(common.read_image(path), stored)
-    got = common.read_image(path, upright=True)
+    got = evaluate.upright(path)
     assert np.array_equal(got, TURNS[value](stored)) and np.array_equal(got, ImageOps.exif_transpose(Image.open(path)))
 
 
@@ -448,10 +450,10 @@ def test_malformed_exif(tmp_path, tags):
     exif_jpeg(path, Image.fromarray(picture()), tags)
     stored = np.array(Image.open(path))
     assert np.array_equal(common.read_image(path), stored)
-    got = common.read_image(path, upright=True)
+    got = evaluate.upright(path)
     assert np.array_equal(got, stored) or np.array_equal(got, np.rot90(stored, -1))
     (tmp_path / "b.jpg").write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
-    refused(lambda: common.read_image(tmp_path / "b.jpg", upright=True), "b.jpg", "cannot be read")
+    refused(lambda: evaluate.upright(tmp_path / "b.jpg"), "b.jpg", "cannot be read")
 
 
 def test_upright_where_exif_raises(tmp_path, monkeypatch):
@@ -459,7 +461,7 @@ def test_upright_where_exif_raises(tmp_path, monkeypatch):
         raise struct.error("unpack requires a buffer of 4 bytes")
     put(tmp_path / "a.png", picture())
     monkeypatch.setattr(Image.Image, "getexif", broken)
-    assert np.array_equal(common.read_image(tmp_path / "a.png", upright=True), picture())
+    assert np.array_equal(evaluate.upright(tmp_path / "a.png"), picture())
 
 
 @pytest.mark.parametrize("error", (struct.error("x"), KeyError("x"), TypeError("x"), EOFError(), zlib.error("x"),
@@ -781,9 +783,11 @@ def test_anomaly_of_own_data(tmp_path):
 
 
 BAD = (   # (what is changed, what the line names)
-    (dict(class_names=["road"]), ("unknown key \"class_names\"", "classes, ignored")),
-    (dict(classes=None), ("\"classes\" is missing",)),
-    (dict(splits=None), ("\"splits\" is missing",)),
+    (dict(class_names=["road"]), ("class_names: expected another key", "classes, ignored")),
+    ({"classes.bus": 9}, ("\"classes.bus\": expected another key",)),
+    (dict(classes={"road": 7, "car": {"id": 8}}, unlabeled=None), ("classes.car: expected an id",)),
+    (dict(classes=None), ("classes: expected an object", "null")),
+    (dict(splits=None), ("splits: expected an object", "null")),
     (dict(classes=["road", "car"]), ("classes: expected an object",)),
     (dict(classes={}, anomaly=None), ("classes: expected names",)),
     (dict(classes={"road": 7}, unlabeled=None), ("1 known class",)),
@@ -794,14 +798,16 @@ BAD = (   # (what is changed, what the line names)
     (dict(classes={"road": 7, "car": 8.0}, unlabeled=None), ("classes.car", "8.0")),
     (dict(classes={"road": 7, "car": None}, unlabeled=None), ("classes.car", "null")),
     (dict(classes={"road": 7, "car": []}, unlabeled=None), ("classes.car", "an id or a list")),
-    (dict(classes={"road": 7, "car": 7}, unlabeled=None), ("classes.car: id 7 stands in classes.road too",)),
-    (dict(classes={"road": 7, "car": [8, 8]}, unlabeled=None), ("classes.car: id 8 stands in classes.car too",)),
+    (dict(classes={"road": 7, "car": 7}, unlabeled=None),
+     ("classes.car: expected other ids than classes.road has", "7")),
+    (dict(classes={"road": 7, "car": [8, 8]}, unlabeled=None),
+     ("classes.car: expected other ids than classes.car has", "8")),
     (dict(classes={"road": 7, "none": 8}, unlabeled=None), ("classes", "none")),
     (dict(classes={f"c{i}": i for i in range(254)}, ignored=[], anomaly=[255], unlabeled=None),
      ("classes: expected at most 252",)),
     (dict(ignored=255), ("ignored: expected a list", "255")),
-    (dict(ignored=[7]), ("ignored: id 7 stands in classes.road too",)),
-    (dict(anomaly=[300]), ("anomaly: expected ids from 0 to 255", "300")),
+    (dict(ignored=[7]), ("ignored: expected other ids than classes.road has", "7")),
+    (dict(anomaly=[300]), ("anomaly: expected", "ids from 0 to 255", "300")),
     (dict(anomaly_classes=["person"]), ("anomaly_classes", "not both")),
     (dict(anomaly=None, anomaly_classes=["tram"]), ("anomaly_classes", "tram", "road, pavement")),
     (dict(unlabeled=["tram"]), ("unlabeled", "tram")),
@@ -810,16 +816,17 @@ BAD = (   # (what is changed, what the line names)
     (dict(hold_out=1.5), ("hold_out", "between 0 and 1", "1.5")),
     (dict(hold_out=float("nan")), ("hold_out", "between 0 and 1")),
     (dict(counts={"train": "many"}), ("counts.train", "many")),
-    (dict(counts={"training": 3}), ("counts: unknown key \"training\"",)),
+    (dict(counts={"training": 3}), ("counts.training: expected another key", "train, val, test")),
     (dict(splits={}), ("splits: expected at least one",)),
     (dict(splits=[]), ("splits: expected at least one",)),
     (dict(splits="train"), ("splits: expected an object",)),
     (dict(splits=["train"]), ("splits: expected an object",)),
     (dict(splits={"training": {"images": "a", "labels": "b"}}),
-     ("splits: unknown key \"training\"", "train, val, test")),
+     ("splits.training: expected another key", "train, val, test")),
     (dict(splits={"train": "photos"}), ("splits.train", "photos")),
-    (dict(splits={"train": {"images": "photos/train"}}), ("splits.train: the key \"labels\" is missing",)),
-    (dict(splits={"train": {"images": "photos/train", "label": "x"}}), ("splits.train: unknown key \"label\"",)),
+    (dict(splits={"train": {"images": "photos/train"}}), ("splits.train.labels: expected", "path", "null")),
+    (dict(splits={"train": {"images": "photos/train", "label": "x"}}),
+     ("splits.train.label: expected another key", "images, labels")),
     (dict(splits={"train": {"images": 3, "labels": "x"}}), ("splits.train.images", "a text")),
     (dict(splits={"train": {"images": "/etc", "labels": "x"}}), ("splits.train.images", "below the folder", "/etc")),
     (dict(splits={"train": {"images": "photos", "labels": "x/../../y"}}),
@@ -868,7 +875,7 @@ SIZED = ("--arch", "fpn", "--width", 16, "--backbone", "mobilenet_v3_large", "--
 def test_four_scripts_on_own_data(small, tmp_path):
     """The toy scenes described in a dataset.json: the same weights and the same figures as of the built-in set."""
     shutil.copytree(small / "toy", tmp_path / "mine")
-    spec = {k: v for k, v in common.DATASETS["toy"].items() if k not in ("counts", "layout", "source")}
+    spec = {k: v for k, v in common.DATASETS["toy"].items() if k not in ("counts", "source")}
     describe(tmp_path / "mine", spec)
     results = {}
     for data, root in (("toy", small / "toy"), ("folder", tmp_path / "mine")):
@@ -983,7 +990,9 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch):
         pytest.skip("this file system takes UTF-8 alone")
     labels = drives()
     root = camvid(tmp_path / odd, {(folder, f"{odd}_{name}"): label for (folder, name), label in labels.items()})
-    scenes = [common.Scenes("camvid", root, split, cache=tmp_path / "decoded") for split in common.SPLITS]
+    scenes = [common.Scenes("camvid", root, split) for split in common.SPLITS]
+    cached = pretrain.TrainingScenes("camvid", root, "train", cache=tmp_path / "decoded")
+    assert cached.identity() == scenes[0].identity()
     assert sum(map(len, scenes)) == len(labels) and len({s.identity() for s in scenes}) == 3
     assert list((tmp_path / "cache").rglob("*.npz"))
     item = scenes[2][0]
@@ -1081,7 +1090,7 @@ def ramps():
 
 
 def augmented(rng_seed, crop, scale, image, label):
-    return common.augment(image, label, crop, scale, np.random.default_rng(rng_seed))
+    return pretrain.augment(image, label, crop, scale, np.random.default_rng(rng_seed))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -1157,7 +1166,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
         put(root / f"train/images/training/t1-3/{i}.png", same)
 
     def scenes(seed):
-        return common.Scenes("streethazards", root, "train", crop=(16, 20), scale=(0.75, 1.5), seed=seed)
+        return pretrain.TrainingScenes("streethazards", root, "train", crop=(16, 20), scale=(0.75, 1.5), seed=seed)
 
     def equal(a, b):
         return torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
@@ -1177,8 +1186,9 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
 
 def test_decoded_cache(tmp_path, monkeypatch):
     root = streethazards(tmp_path / "data")
-    plain = common.Scenes("streethazards", root, "train", crop=(16, 20), scale=(0.5, 2))
-    cached = common.Scenes("streethazards", root, "train", crop=(16, 20), scale=(0.5, 2), cache=tmp_path / "cache")
+    plain = pretrain.TrainingScenes("streethazards", root, "train", crop=(16, 20), scale=(0.5, 2))
+    cached = pretrain.TrainingScenes("streethazards", root, "train", crop=(16, 20), scale=(0.5, 2),
+                                     cache=tmp_path / "cache")
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 2 and all(p.suffix == ".npy" for p in files)
     for key in ((0, 0), (0, 2), (5, 1)):
@@ -1186,7 +1196,7 @@ def test_decoded_cache(tmp_path, monkeypatch):
         assert torch.equal(plain[key]["label"], cached[key]["label"])
     images, labels = map(np.load, cached.cached)
     assert np.array_equal(images[1], np.array(Image.open(plain.pairs[1][0])))
-    assert np.array_equal(labels[1], plain.decode(1)[1])
+    assert np.array_equal(labels[1], plain.decode(1)[1]) and np.array_equal(labels[1], cached.decode(1)[1])
     assert len(pickle.dumps(cached)) < images.nbytes / 2, "spawned loader processes would each copy the cache"
 
     def forbidden(path):
@@ -1194,25 +1204,22 @@ def test_decoded_cache(tmp_path, monkeypatch):
     with monkeypatch.context() as m:     # the second time, and the items, come from the copy alone
         m.setattr(common, "read_image", forbidden)
         m.setattr(common, "read_label", forbidden)
-        again = common.Scenes("streethazards", root, "train", cache=tmp_path / "cache")
-        assert np.array_equal(again[2]["image"].permute(1, 2, 0), picture(3))
+        again = pretrain.TrainingScenes("streethazards", root, "train", cache=tmp_path / "cache")
+        assert np.array_equal(again.decode(2)[0], picture(3))
     assert sorted((tmp_path / "cache").iterdir()) == files
 
 
 @pytest.mark.parametrize("kind, content", (("images", picture(77)), ("annotations", ids(11))))
 def test_decoded_cache_is_made_again(tmp_path, kind, content):
     root = streethazards(tmp_path / "data")
-    common.Scenes("streethazards", root, "val", cache=tmp_path / "cache")
+    pretrain.TrainingScenes("streethazards", root, "val", cache=tmp_path / "cache")
     before = sorted((tmp_path / "cache").iterdir())
     path = root / f"train/{kind}/validation/t4/1.png"
     stat = os.stat(path)
     put(path, content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    item = common.Scenes("streethazards", root, "val", cache=tmp_path / "cache")[1]
-    if kind == "images":
-        assert np.array_equal(item["image"].permute(1, 2, 0), content)
-    else:
-        assert (item["label"] == 9).all()
+    image, label = pretrain.TrainingScenes("streethazards", root, "val", cache=tmp_path / "cache").decode(1)
+    assert np.array_equal(image, content) if kind == "images" else (label == 9).all()
     after = sorted((tmp_path / "cache").iterdir())
     assert len(after) == 2 and not set(after) & set(before)       # the old copy is gone
 
@@ -1220,10 +1227,9 @@ def test_decoded_cache_is_made_again(tmp_path, kind, content):
 def test_decoded_cache_of_another_anomaly(tmp_path):
     """The labels in the copy depend on --anomaly."""
     root = camvid(tmp_path / "data", drives())
-    common.Scenes("camvid", root, "train", ["pedestrian", "bicyclist"], cache=tmp_path / "cache")
-    scenes = common.Scenes("camvid", root, "train", ["bicyclist"], cache=tmp_path / "cache")
-    other = common.Scenes("camvid", root, "train", ["building", "bicyclist"], cache=tmp_path / "cache")
-    assert scenes[0]["label"][0, :2].tolist() == [3, 8] and other[0]["label"][0, :2].tolist() == [2, 7]
+    _, scenes, other = (pretrain.TrainingScenes("camvid", root, "train", anomaly, cache=tmp_path / "cache")
+                        for anomaly in (["pedestrian", "bicyclist"], ["bicyclist"], ["building", "bicyclist"]))
+    assert scenes.decode(0)[1][0, :2].tolist() == [3, 8] and other.decode(0)[1][0, :2].tolist() == [2, 7]
     assert len(list((tmp_path / "cache").iterdir())) == 3 * 2, "one took away the copy of another"
 
 
@@ -1231,13 +1237,13 @@ def test_decoded_cache_of_two_sizes(tmp_path):
     root = streethazards(tmp_path / "data")
     put(root / "train/images/training/t1-3/2.png", picture(5, (H, 2 * W)))
     put(root / "train/annotations/training/t1-3/2.png", ids(1, size=(H, 2 * W)))
-    refused(lambda: common.Scenes("streethazards", root, "train", cache=tmp_path / "cache"),
+    refused(lambda: pretrain.TrainingScenes("streethazards", root, "train", cache=tmp_path / "cache"),
             root / "train/images/training/t1-3/2.png", f"{2 * W}×{H}", f"{W}×{H}", "--cache")
     assert len(common.Scenes("streethazards", root, "train")) == 3
     put(root / "train/images/training/t1-3/2.png", picture(5))       # mended: nothing half-made is taken
     put(root / "train/annotations/training/t1-3/2.png", ids(9))
-    scenes = common.Scenes("streethazards", root, "train", cache=tmp_path / "cache")
-    assert (scenes[2]["label"] == 7).all() and np.array_equal(scenes[2]["image"].permute(1, 2, 0), picture(5))
+    image, label = pretrain.TrainingScenes("streethazards", root, "train", cache=tmp_path / "cache").decode(2)
+    assert (label == 7).all() and np.array_equal(image, picture(5))
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

@@ -2,6 +2,7 @@
 processes that are not forked, torch.compile, ranks, and what happens when the memory runs out."""
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -54,8 +55,10 @@ class Net(nn.Module):
         torch.manual_seed(1)
         conv = nn.Conv2d(3, 6, 3, padding=1, bias=False)   # batch norm would take a bias away again
         self.layers = nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    def outputs(self, X):
+        return dict(logits=self.layers(X))
     def forward(self, X):
-        return self.layers(X)
+        return self.outputs(X)["logits"]
 """
 tiny = {"__name__": "tiny"}
 exec(TINY, tiny)
@@ -192,7 +195,7 @@ def test_models_losses_and_scores_stay_on_their_device(fake, arch):
 
 def test_data_sets_can_be_sent_to_a_process(small, tmp_path):
     """What a loader process that is not forked gets is a pickled copy: the same items, and the cache not with it."""
-    scenes = [common.Scenes("toy", str(small / "toy"), "train", crop=(32, 48), scale=(0.5, 2), cache=cache)
+    scenes = [pretrain.TrainingScenes("toy", str(small / "toy"), "train", crop=(32, 48), scale=(0.5, 2), cache=cache)
               for cache in (None, tmp_path / "cache")]
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 2, "--out", "set",
            "--device", "cpu", folder=tmp_path)
@@ -318,21 +321,22 @@ def test_mixed_backends(tmp_path):
 class Narrow(Net):
     """As if the memory held four images: a larger part fails, after batch norm has seen it."""
 
-    def forward(self, X):
-        logits = super().forward(X)
+    def outputs(self, X):
+        found = super().outputs(X)
         if len(X) > 4:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return logits
+        return found
 
 
 def accumulated(f, micro, given):
     """Gradients, buffers and value of one step of 8 images; run.cuda says that the memory is a GPU's."""
     data = Images(8)
     batch = dict(image=data.image, label=data.label, unknown=torch.zeros_like(data.label, dtype=torch.bool))
-    args = SimpleNamespace(micro_batch=given, precision="float32", seed=0, alpha=0, loss="er", bn="train")
+    args = SimpleNamespace(micro_batch=given, seed=0, alpha=0, loss="er", bn="train")
     run = SimpleNamespace(f=f, cuda=True, micro=micro, t=0, optimiser=torch.optim.Adam(f.parameters()))
     n_k = int((data.label < 4).sum())
-    loss = pretrain.gradient(f.train(), batch, n_k, 0, args, run, torch.device("cpu"))
+    eq5 = functools.partial(pretrain.eq5, args)
+    loss = pretrain.gradient(f.train().outputs, batch, eq5, [n_k, 0], args, run, torch.device("cpu"))
     return [loss, *(p.grad for p in f.parameters()), *f.buffers()], run.micro
 
 

@@ -88,9 +88,10 @@ def test_dropout_is_the_mean_softmax_of_passes_with_dropout_on_and_then_off():
 def test_ensemble_is_the_mean_softmax_and_the_mean_logit():
     torch.manual_seed(2)
     z = [3 * torch.randn(1, 5, 4, 4) for _ in range(3)]
-    models = [lambda X, z=z_k: z for z_k in z]
+    models = [argparse.Namespace(outputs=lambda X, z=z_k: dict(logits=z)) for z_k in z]
     names = ["msp", "entropy", "maxlogit", "energy"]
-    scores, log_S = evaluate.anomaly_scores(models, None, names, argparse.Namespace())
+    scores = evaluate.prepare_scores(models, names, argparse.Namespace(), "cpu")
+    scores, log_S = evaluate.anomaly_scores(models, None, 0, scores)
     p = torch.stack([v.double().softmax(1) for v in z]).mean(0)
     mean = torch.stack(z).double().mean(0)
     assert torch.allclose(log_S.exp().double(), p, atol=1e-6)
@@ -268,8 +269,8 @@ def test_a_photograph_is_never_replaced(small, tmp_path):
 def test_a_photograph_with_non_finite_scores_is_refused(small, tmp_path):
     picture(tmp_path / "p/bad.png", (40, 48))
     picture(tmp_path / "p/good.png", (64, 48))
-    before = ("import common\nwhole = common.Segmenter.forward\n"
-              "common.Segmenter.forward = lambda f, X: whole(f, X) * (float('nan') if X.shape[-1] == 40 else 1)")
+    before = ("import common\nwhole = common.upsample\ncommon.upsample = lambda x, size: "
+              "whole(x, size) * (float('nan') if tuple(size) == (48, 40) else 1)")
     for score in ("msp", "entropy", "energy"):
         done = tried(small, "--images", "p", "--score", score, folder=tmp_path, before=before, ok=False)
         one_error(done, "1 of 2 files", "p/bad.png: non-finite anomaly score")
@@ -326,7 +327,8 @@ def test_maps_of_a_photograph(small):
     f, _ = common.load_checkpoint(small / "pretrained.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8)
     args = argparse.Namespace(max_side=64, passes=2, crf_iterations=1, seed=0)
-    score, predicted = evaluate.photograph_maps([f], pixels, "energy", args, torch.device("cpu"))
+    score, predicted = evaluate.photograph_maps([f], pixels, evaluate.prepare_scores([f], ["energy"], args, "cpu"), args,
+                                                torch.device("cpu"))
     seen = np.array(Image.fromarray(pixels).resize((64, 37), Image.LANCZOS))
     with torch.no_grad():
         logits = f(torch.from_numpy(seen).permute(2, 0, 1)[None] / 255)

@@ -202,7 +202,7 @@ def test_no_code_of_a_checkpoint_runs(saved, tmp_path, archive):
     else:
         path.write_bytes(pickle.dumps(bad, 2))
     refused(common.load_checkpoint, path, "refused")
-    refused(lambda p: common.load_backbone(saved[1], str(p)), path, "refused")
+    refused(lambda p: pretrain.load_backbone(saved[1], str(p)), path, "refused")
     assert not marker.exists()
     if archive:
         torch.load(path, weights_only=False)

@@ -157,7 +157,7 @@ def test_mix_train(tmp_path, toy_root, n):
     fewer images is gone through again, each time in another permutation, with other windows."""
     write_set(tmp_path, n=n)
     seed, scale = 3, (0.5, 2.0)
-    train = common.Scenes("toy", toy_root, "train", None, (H, W), scale, seed)
+    train = pretrain.TrainingScenes("toy", toy_root, "train", None, (H, W), scale, seed)
     data = AuxiliarySet(tmp_path / "set", tmp_path, seed, "flipped", "aux", train=train)
     assert len(train) == 6 and len(data) == 2 * n
     whole = common.Scenes("toy", toy_root, "train")
@@ -167,7 +167,7 @@ def test_mix_train(tmp_path, toy_root, n):
             turn = epoch * (1 if n <= 6 else 2) + k // 6               # how often the split was gone through before
             number = int(np.random.default_rng([seed, turn]).permutation(6)[k % 6])
             rng = np.random.default_rng([seed, turn, number])
-            image, label = common.augment(*whole.decode(number), (H, W), scale, rng)
+            image, label = pretrain.augment(*whole.decode(number), (H, W), scale, rng)
             item = data[epoch, n + k]
             assert np.array_equal(item["image"].permute(1, 2, 0), image) and np.array_equal(item["label"], label)
             assert not item["unknown"].any() and item["unknown"].shape == (H, W) and item["index"] == n + k
@@ -277,7 +277,7 @@ def test_the_flags_reach_the_loss(aux, small, tmp_path, images, unknown, mix):
     f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
     root = small / "toy"
     size = np.array(Image.open(next(root.rglob("*.png")))).shape[:2]
-    train = common.Scenes("toy", root, "train", None, size, checkpoint["settings"]["scale"], 5)
+    train = pretrain.TrainingScenes("toy", root, "train", None, size, checkpoint["settings"]["scale"], 5)
     data = AuxiliarySet(aux, root, 5, unknown, images, clean=mix == "clean", train=train if mix == "train" else None)
     keys = next(pretrain.epoch_batches(len(data), 8, 5, 0, 0, 1))
     batch = [data[key] for key in keys]

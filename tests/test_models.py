@@ -15,6 +15,7 @@ from torchvision.transforms.functional import normalize
 
 import common
 import mgu_generate
+import pretrain
 
 SMALL, LARGE, V2 = "mobilenet_v3_large", "resnet50", "mobilenet_v2"
 MODELS = [(arch, backbone) for arch in common.ARCHS for backbone in (SMALL, V2, LARGE)]
@@ -52,9 +53,12 @@ def test_shapes_and_output_stride(f):
 
 
 @torch.inference_mode()
-def test_features_are_what_the_last_convolution_sees(f):
+def test_the_last_convolution_sees_the_activated_embedding(f):
     X = torch.rand(1, 3, 33, 47)
-    z = torch.einsum("bchw,nc->bnhw", f.features(X), f.classifier.weight[..., 0, 0]) + f.classifier.bias.view(-1, 1, 1)
+    embedding = f.outputs(X)["embedding"]
+    assert embedding.min() < 0, "the map is not the one before the ReLU"
+    z = torch.einsum("bchw,nc->bnhw", embedding.clamp(min=0), f.classifier.weight[..., 0, 0]) + \
+        f.classifier.bias.view(-1, 1, 1)
     assert f.classifier.kernel_size == (1, 1)
     torch.testing.assert_close(nn.functional.interpolate(z, (33, 47), mode="bilinear"), f(X), rtol=1e-3, atol=1e-4)
 
@@ -108,10 +112,10 @@ def test_deeplab_equals_torchvisions(backbone):
 # PSPNet's pyramid in numpy float64, from its paper (Zhao et al., CVPR 2017, Sec. 3.2)
 
 def normed(x, m):
-    """Batch norm in eval mode, then ReLU; x (C, h, w)."""
+    """Batch norm in eval mode; x (C, h, w)."""
     mean, var, weight, bias = (v.detach().numpy()[:, None, None]
                                for v in (m.running_mean, m.running_var, m.weight, m.bias))
-    return np.maximum((x - mean) / np.sqrt(var + m.eps) * weight + bias, 0)
+    return (x - mean) / np.sqrt(var + m.eps) * weight + bias
 
 
 def resized(x, size):
@@ -147,7 +151,7 @@ def test_pyramid_pooling():
         conv, norm = branch[1], branch[2]
         reduced = np.einsum("chw,dc->dhw", pooled(parts[0], bins), conv.weight.numpy()[..., 0, 0])
         assert reduced.shape == (4, bins, bins)     # a quarter of the channels each
-        parts.append(resized(normed(reduced, norm), (9, 13)))
+        parts.append(resized(normed(reduced, norm).clip(0), (9, 13)))   # ReLU
     want = normed(convolved(np.concatenate(parts), head.fuse[0].weight.numpy()), head.fuse[1])
     assert want.shape == (512, 9, 13)
     np.testing.assert_allclose(head(x)[0].numpy(), want, rtol=1e-9, atol=1e-10)
@@ -233,7 +237,7 @@ def test_weights_of_a_classifier_file(tmp_path, backbone):
     torch.save(theirs.state_dict(), tmp_path / "classifier.pth")
     f = common.Segmenter("deeplabv3", backbone, 5)
     head = copy.deepcopy({**f.head.state_dict(), **f.classifier.state_dict()})
-    common.load_backbone(f, str(tmp_path / "classifier.pth"))
+    pretrain.load_backbone(f, str(tmp_path / "classifier.pth"))
     # The stem, which no dilation touches, is the same function; and no tensor of the backbone is left as it was
     X = torch.randn(1, 3, 40, 56)
     f.eval()
@@ -259,14 +263,14 @@ def test_damaged_file_in_the_cache_of_weights(tmp_path, monkeypatch, content):
     kept.parent.mkdir(parents=True)
     kept.write_bytes(content)
     with pytest.raises(common.InputError) as e:
-        common.load_backbone(common.Segmenter("fpn", V2, 5, 8), "imagenet")
+        pretrain.load_backbone(common.Segmenter("fpn", V2, 5, 8), "imagenet")
     assert str(kept) in str(e.value) and "delete the file" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_no_weights_leave_f_alone():
     f = common.Segmenter("deeplabv3", SMALL, 5)
     before = copy.deepcopy(f.state_dict())
-    common.load_backbone(f, "none")
+    pretrain.load_backbone(f, "none")
     assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items())
 
 
@@ -296,7 +300,7 @@ def test_wrong_weights_file(tmp_path, write):
     write(path)
     f = common.Segmenter("deeplabv3", SMALL, 5)
     with pytest.raises(common.InputError) as e:
-        common.load_backbone(f, str(path))
+        pretrain.load_backbone(f, str(path))
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -309,7 +313,7 @@ def test_imagenet_weights_without_network(monkeypatch, error):
     monkeypatch.setattr(type(enum), "get_state_dict", fails)
     f = common.Segmenter("deeplabv3", SMALL, 5)
     with pytest.raises(common.InputError) as e:
-        common.load_backbone(f, "imagenet")
+        pretrain.load_backbone(f, "imagenet")
     message = str(e.value)
     assert "--weights none" in message and enum.url in message and "\n" not in message
     assert str(getattr(error, "reason", error)) in message
@@ -321,6 +325,57 @@ def test_imagenet_weights_are_loaded(monkeypatch):
     monkeypatch.setattr(torchvision.models.MobileNet_V3_Large_Weights, "get_state_dict",
                         lambda self, **kwargs: dict(state))
     f = common.Segmenter("pspnet", SMALL, 5)
-    common.load_backbone(f, "imagenet")
+    pretrain.load_backbone(f, "imagenet")
     assert torch.equal(f.backbone["0"][0].weight, state["features.0.0.weight"])
     assert torch.equal(f.backbone["16"][1].running_var, state["features.16.1.running_var"])
+
+
+def test_cosine_classifier():
+    """s · cos(x, w_i) in float64; neither the length of a feature nor of a prototype matters; a zero feature is finite."""
+    torch.manual_seed(7)
+    head, x = common.CosineClassifier(6, 4), torch.randn(2, 6, 3, 5)
+    w, e = head.weight.detach().double()[..., 0, 0], x.double()
+    want = 10 * torch.einsum("bchw,nc->bnhw", e, w) / e.norm(dim=1, keepdim=True) / w.norm(dim=1).view(-1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(head(x).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(head(7.3 * x), head(x))
+        head.weight[1] *= 7.3
+        torch.testing.assert_close(head(x).double(), want, rtol=1e-5, atol=1e-5)
+        assert head(torch.zeros_like(x)).abs().max() == 0 and head(x).abs().max() <= 10
+    assert head.bias is None
+
+
+def test_heads_beside_the_classifier():
+    """An outlier head reads what the classifier reads; without it the weights are drawn as ever; others are refused."""
+    torch.manual_seed(3)
+    plain = common.Segmenter("fpn", SMALL, 5, 16)
+    torch.manual_seed(3)
+    f = common.Segmenter("fpn", SMALL, 5, 16, outlier=True).eval()
+    state = plain.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in f.state_dict().items() if not k.startswith("outlier."))
+    X = torch.rand(2, 3, 40, 52)
+    with torch.no_grad():
+        found = f.outputs(X)
+        d = torch.einsum("bchw,c->bhw", found["embedding"].clamp(min=0), f.outlier.weight[0, :, 0, 0]) + f.outlier.bias
+        want = nn.functional.interpolate(d[:, None], (40, 52), mode="bilinear")[:, 0]
+        torch.testing.assert_close(found["outlier"], want, rtol=1e-4, atol=1e-5)
+        assert "outlier" not in plain.eval().outputs(X)
+    with pytest.raises(common.InputError, match="round classifier"):
+        common.Segmenter("fpn", SMALL, 5, 16, classifier="round")
+
+
+def test_a_checkpoint_says_which_heads_it_has(tmp_path):
+    facts = dict(classes=["a", "b", "c"], data="toy", root="", anomaly=None, settings={}, epoch=0, step=0)
+    X = torch.rand(1, 3, 33, 40)
+    for heads in (dict(classifier="cosine"), dict(outlier=True)):
+        f = common.Segmenter("fpn", SMALL, 3, 8, **heads).eval()
+        common.save_checkpoint(tmp_path / "x.pt", dict(common.model_facts(f), model=f.state_dict(), **facts))
+        g = common.load_checkpoint(tmp_path / "x.pt")[0]
+        with torch.no_grad():
+            torch.testing.assert_close(g.outputs(X), f.outputs(X), rtol=1e-4, atol=1e-5)
+    # a file from before there were such heads
+    f = common.Segmenter("fpn", SMALL, 3, 8)
+    old = {k: v for k, v in common.model_facts(f).items() if k not in ("classifier", "outlier")}
+    common.save_checkpoint(tmp_path / "x.pt", dict(old, model=f.state_dict(), **facts))
+    g = common.load_checkpoint(tmp_path / "x.pt")[0]
+    assert g.classifier_name == "linear" and g.outlier is None

@@ -341,7 +341,7 @@ def test_entries_are_in_the_terms_of_dataset_json():
     for data, entry in common.DATASETS.items():
         if data != "folder":
             common.check_spec(json.loads(json.dumps(entry)))
-    for wrong, told in (({"common": "("}, "splits.test.common: no regular expression"),
+    for wrong, told in (({"common": "("}, "splits.test.common: expected a regular expression"),
                         ({"spare_images": "yes"}, "splits.test.spare_images: expected true or false")):
         spec = {"classes": {}, "anomaly": [1], "splits": {"test": {"images": "a", "labels": "b", **wrong}}}
         with pytest.raises(common.InputError, match=told):
@@ -387,7 +387,7 @@ def test_bad_test_sets(small, tmp_path):
     mask(root / "labels_masks/1.png", (0, 2), (96, 54))
     (root / "images/1.webp").write_bytes((root / "images/1.webp").read_bytes()[:60])
     assert "images/1.webp: cannot be read as an image" in refused(small, tmp_path, *data)
-    assert "not the layout of roadobstacle21: no folder images" in \
+    assert "not the layout of roadobstacle21: splits.test.images: no folder images" in \
         refused(small, tmp_path, "--data", "roadobstacle21", "--root", small / "toy")
     for path in (tmp_path / "IDD/leftImg8bit/val/0/0_image.jpg", tmp_path / "IDD/leftImg8bit/train/0/0_image.jpg"):
         image(path)

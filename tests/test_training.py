@@ -52,8 +52,11 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, N, 1))
         self.layers[1].running_mean.uniform_(-0.2, 0.2)
 
+    def outputs(self, X):
+        return dict(logits=self.layers(X))
+
     def forward(self, X):
-        return self.layers(X)
+        return self.outputs(X)["logits"]
 
 
 @pytest.fixture
@@ -409,7 +412,7 @@ def test_hostile_files_run_nothing(small, tmp_path):
         with pytest.raises(common.InputError, match=name):
             common.load_checkpoint(tmp_path / name)
         with pytest.raises(common.InputError, match=name):   # as --weights
-            common.load_backbone(common.Segmenter("deeplabv3", "mobilenet_v3_large", 12), str(tmp_path / name))
+            pretrain.load_backbone(common.Segmenter("deeplabv3", "mobilenet_v3_large", 12), str(tmp_path / name))
     one_line(run(*PRETRAIN, "--root", small / "toy", "--out", "zip.pt", folder=tmp_path),
              "zip.pt: refused")   # as a run to continue
 
