@@ -165,8 +165,8 @@ class PyramidPooling(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Semantic FPN's head up to the embedding (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019, Sec. 3):
-    maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
+    """Semantic FPN's head up to the embedding (Kirillov et al., "Panoptic feature pyramid networks", CVPR 2019,
+    Sec. 3): maps at strides 4, 8, 16, 32 → (B, width, H/4, W/4).
 
     ASSUMPTION: the lateral sums go down to stride 4 and there through one 3×3 convolution with batch norm, where the
     publication refines and upsamples every level by itself (with group norm): a sixth of the head's operations."""
@@ -199,8 +199,8 @@ class ImagePooling(ASPPPooling):
 
 
 class CosineClassifier(nn.Conv2d):
-    """A 1×1 convolution whose logits are cosines: (B, C, h, w) → (B, N, h, w), in [−scale, scale] (PAnS, Fontanel et al.,
-    "Detecting anomalies in semantic segmentation with prototypes", CVPR Workshops 2021): s · cos(x, w_i).
+    """A 1×1 convolution whose logits are cosines, s · cos(x, w_i): (B, C, h, w) → (B, N, h, w), in [−s, s] (PAnS:
+    Fontanel et al., "Detecting anomalies in semantic segmentation with prototypes", CVPR Workshops 2021).
 
     Row i of the weight is the prototype of class i. The scale is fixed, not learned, and bounds the confidence: with
     s = 10 and N = 13, max S ≤ 0.99946. It is 10, as published."""
@@ -262,7 +262,7 @@ class Segmenter(nn.Module):
         return self.head(maps if self.arch == "fpn" else maps["out"])
 
     def outputs(self, X):
-        """dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)]): what losses and scores see."""
+        """For losses and scores: dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)])."""
         embedding = self.embed(X)
         x = self.activation(embedding)
         found = dict(embedding=embedding, logits=upsample(self.classifier(x).float(), X.shape[-2:]))

@@ -374,7 +374,8 @@ def gradient(net, batch, objective, counts, args, run, device):
     """Backpropagate the objective over this rank's share, in parts that fit the memory; returns its value.
 
     batch: image uint8 (n, 3, H, W), label uint8 (n, H, W), unknown bool (n, H, W) = D_s, index (n,), and whatever
-    `count` put in. counts: of the global batch. Where a part does not fit a GPU's memory, all parts are made again at half the size.
+    `count` put in. counts: of the global batch. Where a part does not fit a GPU's memory, all parts are made again at
+    half the size.
     Raises InputError where two images do not fit, or --micro-batch was given."""
     buffers = [(b, b.clone()) for b in run.f.buffers()] if run.cuda and not args.micro_batch else []
     while True:

@@ -327,8 +327,8 @@ def test_maps_of_a_photograph(small):
     f, _ = common.load_checkpoint(small / "pretrained.pt")
     pixels = np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8)
     args = argparse.Namespace(max_side=64, passes=2, crf_iterations=1, seed=0)
-    score, predicted = evaluate.photograph_maps([f], pixels, evaluate.prepare_scores([f], ["energy"], args, "cpu"), args,
-                                                torch.device("cpu"))
+    scores = evaluate.prepare_scores([f], ["energy"], args, "cpu")
+    score, predicted = evaluate.photograph_maps([f], pixels, scores, args, torch.device("cpu"))
     seen = np.array(Image.fromarray(pixels).resize((64, 37), Image.LANCZOS))
     with torch.no_grad():
         logits = f(torch.from_numpy(seen).permute(2, 0, 1)[None] / 255)

@@ -331,7 +331,7 @@ def test_imagenet_weights_are_loaded(monkeypatch):
 
 
 def test_cosine_classifier():
-    """s · cos(x, w_i) in float64; neither the length of a feature nor of a prototype matters; a zero feature is finite."""
+    """s · cos(x, w_i) in float64; neither the length of a feature nor of a prototype matters; zero stays finite."""
     torch.manual_seed(7)
     head, x = common.CosineClassifier(6, 4), torch.randn(2, 6, 3, 5)
     w, e = head.weight.detach().double()[..., 0, 0], x.double()
