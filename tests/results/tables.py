@@ -8,12 +8,13 @@
     <!-- table mgu toy_b -->…<!-- /table -->               the auxiliary sets that were used for a test set
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
+    <!-- table real pooled -->…<!-- /table -->             models on test sets of real unknowns (real.json); or objects
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
 if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean; factor-by-seed, gain-by-seed; least:
 of the factors) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
-protocol. What the files do not hold is "not run".
+protocol, `real camvid msp roadanomaly pooled aupr` of real.json. What the files do not hold is "not run".
 """
 import json
 import re
@@ -39,7 +40,7 @@ def load(folder=HERE):
     tests = {}
     for path in sorted(Path(folder).glob("*.json")):
         found = json.loads(path.read_text())
-        for row in found["rows"] if "study" in found else ():    # gpu.json holds times
+        for row in found["rows"] if "study" in found else ():    # gpu.json holds times, real.json test sets of its own
             test = tests.setdefault(row["test"], dict(study=found["study"], rows={}, data=row["data"]))
             test["rows"][row["name"], row["seed"]] = row
             test["protocol"] = found["protocol"][row["test"]]
@@ -50,7 +51,8 @@ def load(folder=HERE):
                         for (n, _), r in test["rows"].items() if n == row_name}
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
-    return tests
+    real_unknowns = Path(folder, "real.json")
+    return tests | ({"real": json.loads(real_unknowns.read_text())} if real_unknowns.exists() else {})
 
 
 # ───────────────────────────────────────────── numbers of seeds ─────────────────────────────────────────────
@@ -87,6 +89,10 @@ def number(tests, words):
     if test is None:
         return ABSENT
     form = f"{{:.{2 if digits is None else digits}f}}"
+    if words[0] == "real":
+        trained_on, score, data, *of = words[1:]
+        row, = (r for r in test[trained_on]["evaluation"]["rows"] if (r["data"], r["score"]) == (data, score))
+        return mean([row[of[0]][of[1]]], form)
     if words[1] == "mgu" and len(words) == 4:
         return mean([m[words[3]] for m in test["mgu"] if m["set"] == words[2]], form)
     if len(words) == 2 and words[1] in test["protocol"]:
@@ -170,7 +176,7 @@ def hardware(test):
 
 def choice(tests, data):
     """Per stage of the rule the rows that have run: factor of AUPR, points of mIoU; bold: the one that it takes."""
-    rows = [r for test in tests.values() if test["study"] == "choice" for r in test["rows"].values()]
+    rows = [r for test in tests.values() if test.get("study") == "choice" for r in test["rows"].values()]
     if not any(r["data"] == data for r in rows):
         return f"{ABSENT}\n"
     labels, lines = {name: label.replace("**", "") for name, label, *_ in experiments.CHOICE}, []
@@ -181,10 +187,24 @@ def choice(tests, data):
     return lines_of(["stage", "row", "AUPR against MSP", "mIoU"], lines)
 
 
+def real(found, group):
+    """real.json: {training set: dict(evaluation=results.json of evaluate.py on several test sets)}, a row a score."""
+    keys, rows = ("siou", "ppv", "f1") if group == "objects" else METRICS, []
+    for name, runs in found.items():
+        evaluation = runs["evaluation"]
+        for score in dict.fromkeys(row["score"] for row in evaluation["rows"]):
+            cells = [" / ".join(mean([row[group][k]]) for k in keys) for row in evaluation["rows"]
+                     if row["score"] == score]
+            rows.append([name, score, *cells])
+    return lines_of(["trained on", "score", *evaluation["protocol"]], rows)
+
+
 def table(tests, words):
     kind, name = words.split()
     if kind == "choice":
         return choice(tests, name)
+    if kind == "real":
+        return real(tests["real"], name) if "real" in tests else f"{ABSENT}\n"
     make = {"results": results, "factors": factors, "mgu": mgu, "hardware": hardware}[kind]
     return make(tests[name]) if name in tests else f"{ABSENT}\n"
 
