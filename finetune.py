@@ -150,7 +150,7 @@ SOURCES = {   # where D_s comes from, or what is trained without one: the flags 
 def source(args):
     """One of SOURCES: what a flag of that name asks for, or --negatives, else the method's, else mgu."""
     names = ("prototypes", "distill", "synthesis", "known-unknown")
-    asked = [name for name in names if getattr(args, name.replace("-", "_"))]
+    asked = [name for name in names if getattr(args, name.replace("-", "_"), None)]
     return (asked or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
 
 

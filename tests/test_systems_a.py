@@ -324,8 +324,8 @@ def test_paste_controls(patches):
         assert torch.equal(inlier["unknown"], D_s) and torch.equal(decoy["unknown"], D_s)
         assert torch.equal(inlier["label"], none["label"]) and (inlier["image"] < 100).all()
         assert torch.equal(inlier["image"][:, ~D_s], none["image"][:, ~D_s])
-        pure = pasted(patches, sizes=(0.3, 0.5), control="inlier", pure=1.0)[2, i]
-        assert torch.equal(pure["image"], inlier["image"])
+        never_alone = pasted(patches, sizes=(0.3, 0.5), control="inlier", pure=1.0)[2, i]
+        assert torch.equal(never_alone["image"], inlier["image"])
         assert (inlier["image"] != Streets()[2, i]["image"])[:, D_s].float().mean() > 0.9
         assert torch.equal(decoy["image"][:, D_s], none["image"][:, D_s])
         changed = (decoy["image"] != none["image"]).any(0)
