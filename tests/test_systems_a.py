@@ -424,7 +424,7 @@ def flow_args(**more):
 
 class Net(nn.Module):
     """A small f with what add_heads and the loop ask for."""
-    num_classes = N
+    num_classes, arch = N, "fpn"
 
     def __init__(self):
         super().__init__()
