@@ -385,8 +385,8 @@ class MaskDecoder(nn.Module):
 class QueryLayer(nn.Module):
     """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
 
-    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly; Rai et al., "Unmasking
-    anomalies in road-scene segmentation", ICCV 2023): another attention sees the rest, m_q ≤ 1/2; the two are added."""
+    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly: Rai et al., "Unmasking
+    anomalies in road-scene segmentation", ICCV 2023): another one sees the rest, m_q ≤ 1/2, and the two are added."""
 
     def __init__(self, C, attention):
         super().__init__()
@@ -490,7 +490,7 @@ class Generator(nn.Module):
         for k, block in zip((64, 32, 16, 8, 4, 2, 1), self.blocks):
             x = F.interpolate(x, [-(-n // k) for n in Y.shape[-2:]])      # nearest; any H and W
             x = block(self.first(x) if k == 64 else x, Y)
-        return (self.last(F.leaky_relu(x, 0.2)).tanh() + 1) / 2
+        return (single(self.last(F.leaky_relu(x, 0.2))).tanh() + 1) / 2
 
 
 class PatchDiscriminator(nn.Module):
@@ -515,7 +515,7 @@ class PatchDiscriminator(nn.Module):
             y = x
             for layer in layers:
                 y = layer(y)
-                found[-1].append(y)
+                found[-1].append(single(y))
             x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
         return found
 
@@ -546,6 +546,11 @@ class Synthesizer(nn.Module):
         judged = torch.func.functional_call(self.discriminator, frozen, (torch.cat([Y, image], 1),))
         return dict(image=image, judged=judged, real=self.discriminator(torch.cat([Y, X], 1)),
                     fake=self.discriminator(torch.cat([Y, image.detach()], 1)))
+
+
+def single(x):
+    """float32 where autocast has made bfloat16: losses are not sums of rounded terms."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def one_hot(Z, N):
@@ -801,7 +806,7 @@ def loss_sets(sets, Z, known, n_masks=None, n_images=None):
     that no class was matched with (their target is ∅); BCE and dice are means over the masks. n_masks and n_images: the
     matched masks and the images of the whole batch, where this is a part of it."""
     classes, z = (torch.stack(v) for v in zip(*sets))                             # (L, B, Q, N + 1), (L, B, Q, h, w)
-    *_, Q, N = classes[..., 1:].shape
+    Q, N = classes.shape[2], classes.shape[3] - 1
     t = F.interpolate(one_hot(Z, N) * known[:, None], z.shape[-2:], mode="area").flatten(2).to(z.dtype)   # (B, N, hw)
     log_p, (bce, dice) = classes.log_softmax(3), mask_losses(z.flatten(3), t)
     present = t.sum(2) > 0

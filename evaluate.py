@@ -174,6 +174,11 @@ def parse():
     # The views that f has of an image: (H and W or a factor, scale, mirrored)
     args.views = [(size, scale, flip) for scale in args.tta or [1]
                   for flip in ((False,) if args.tta is None else (False, True))]
+    for flag, given, score in (("refine", args.refine, "maxlogit"), ("queries-from", args.queries_from, "maskomaly"),
+                               ("ground", args.ground and not args.queries_from, "maskomaly with --queries-from"),
+                               ("generator", args.generator, "synthcp")):
+        if given and score not in args.score:
+            p.error(f"argument --{flag}: without effect on --score {' '.join(args.score)}; it is for {score}")
     return args
 
 

@@ -132,6 +132,8 @@ def parse():
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
         p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
+    if args.margin_published and args.loss != "margin":
+        p.error("argument --margin-published: expected --loss margin")
     return args
 
 
@@ -363,7 +365,7 @@ def synthesis_objective(f, net, part, counts):
         matching = matching + sum(F.l1_loss(a, b.detach()) for a, b in zip(j[:-1], r[:-1])) / 2
     with torch.no_grad():
         wanted = perceived(f, X)
-    made = perceived(f, found["image"].float())
+    made = perceived(f, found["image"])
     perceptual = sum(0.5**k * F.l1_loss(a, b) for k, (a, b) in enumerate(zip(made[::-1], wanted[::-1])))
     return len(X) / counts[2] * (L_D + adversarial + 10 * matching + 10 * perceptual)
 
