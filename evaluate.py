@@ -49,7 +49,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it
 import common
 
 EXTRA_SCORES = ("dropout", "crf")
-EMBEDDING_SCORES = ("cosine", "knn", "cknn", "dicnet")   # of the embedding; make_NAME below makes them
 PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
     "streethazards": [
         ("Dropout (AUROC, FPR95 possibly swapped)", 7.5, 79.4, 69.9), ("MSP (L_k only)", 6.6, 87.7, 33.7),
@@ -242,7 +241,7 @@ def prepare_scores(fs, names, args, device):
         elif name == "crf":
             made[name] = crf
         elif name in EMBEDDING_SCORES:
-            made[name] = globals()[f"make_{name}"](fs, args, device)
+            made[name] = EMBEDDING_SCORES[name](fs, args, device)
         else:
             made[name] = functools.partial(of_mixture if name in ("msp", "entropy") else of_logits, score=SCORES[name])
     return made
@@ -265,7 +264,7 @@ def anomaly_scores(fs, X, index, scores):
     return {name: score(X, seen, index) for name, score in scores.items()}, seen["log_S"]
 
 
-# Scores of the embedding, and samples of the weights. Each make_NAME(fs, args, device) returns a score as
+# Scores of the embedding, then samples of the weights. Each make_NAME(fs, args, device) returns a score as
 # prepare_scores() wants it: the mean over the models fs of a map (B, h, w), brought to full size bilinearly.
 
 def full_size(maps, X):
@@ -372,9 +371,6 @@ def make_knn(fs, args, device, combined=False):
     return cknn if combined else knn
 
 
-make_cknn = functools.partial(make_knn, combined=True)
-
-
 def make_dicnet(fs, args, device):
     """DiCNet (Zhou et al., "Anomaly discovery in semantic segmentation via distillation comparison networks", 2021):
     mean_c (T − S)² of the teacher's embedding T and the student's S. Raises InputError for a student of another f."""
@@ -395,6 +391,10 @@ def make_dicnet(fs, args, device):
             maps.append(((T - common.upsample(S, T.shape[-2:]))**2).mean(1))                     # (B, h, w)
         return full_size(maps, X)
     return dicnet
+
+
+EMBEDDING_SCORES = dict(cosine=make_cosine, knn=make_knn, cknn=functools.partial(make_knn, combined=True),
+                        dicnet=make_dicnet)
 
 
 def sample_tensor(mean, var, generator, D=10):
