@@ -122,7 +122,8 @@ def parse():
     g.add_argument("--knn-chunk", type=common.whole(), default=1024,
                    help="cells compared at once, which bounds the memory: 4 · CHUNK · VECTORS bytes (default: 1024: "
                    "0.4 GB)")
-    g.add_argument("--student", metavar="CKPT", help="--score dicnet: checkpoint of finetune.py --distill")
+    g.add_argument("--student", metavar="CKPT", help="--score dicnet: checkpoint of finetune.py --distill "
+                   "(default: none)")
     g.add_argument("--tradi", type=common.whole(), metavar="N", help="an ensemble of N samples of the weights that "
                    "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
     g.add_argument("--bn-images", type=common.whole(2), default=500,

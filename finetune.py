@@ -95,7 +95,8 @@ def parse():
                    "samples; no: the flow learns from the likelihood alone (ours: yes)")
     g = p.add_argument_group("related systems, without auxiliary set")
     g.add_argument("--prototypes", type=common.whole(), metavar="K",
-                   help="PGAN: a cosine classifier from K annotated images a class; all else of f stays")
+                   help="PGAN: a cosine classifier from K annotated images a class, all else of f stays (default: "
+                   "none)")
     g.add_argument("--distill", action="store_true", help="DiCNet: a student that predicts the embedding of f")
     g.add_argument("--student-backbone", choices=tuple(common.BACKBONES),
                    help="of the student (ours: mobilenet_v3_large; published: ResNet-34 for ResNet-50)")
