@@ -122,6 +122,19 @@ def test_loss_er_is_eq_6(r):
                                rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("S, er", ((0.65, 0.75), (0.93, 4.1), (0.996, 21.6), (1 - 1e-6, 0.07)))
+def test_how_the_losses_pull_at_the_largest_logit(S, er):
+    """The figures of loss_er's docstring, which README repeats: N = 12, the rest spread evenly."""
+    z = torch.zeros(1, 12, 1, 1, dtype=torch.float64)
+    z[0, 0] = np.log(11 * S / (1 - S))
+    z.requires_grad_(True)
+    pulls = [torch.autograd.grad(loss(common.log_softmax(z)).sum(), z)[0][0, 0].item()
+             for loss in (common.loss_er, common.loss_kl)]
+    H, H_max = -S * np.log(S) - (1 - S) * np.log((1 - S) / 11), np.log(12)
+    np.testing.assert_allclose(pulls, (1.01 * H_max * S * (np.log(S) + H) / (H + 0.01 * H_max)**2, S - 1 / 12))
+    assert pulls[0] == pytest.approx(er, abs=0.05 if er > 1 else 0.005)
+
+
 def log_S(*S):
     return torch.tensor(S, dtype=torch.float64).log().view(1, -1, 1, 1)
 
