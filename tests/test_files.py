@@ -287,14 +287,16 @@ def test_sample_round_trip(tmp_path):
 @pytest.mark.parametrize("change", (
     dict(format=99), dict(format=np.arange(3)), dict(format="one"), dict(image=sample()["image"][:, 1:]),
     dict(image=sample()["image"].astype(np.float32)), dict(label=sample()["label"].astype(np.int64)),
-    dict(unknown=sample()["unknown"].astype(np.uint8)), dict(unknown=sample()["unknown"][1:])))
+    dict(unknown=sample()["unknown"].astype(np.uint8)), dict(unknown=sample()["unknown"][1:]),
+    dict(y=np.arange(3)), dict(correct=0.5), dict(history=3), dict(history=np.zeros(0, np.int32)), dict(source=3),
+    dict(source="/etc/image.png"), dict(source="a/../../image.png"), dict(more=1)))
 def test_sample_of_other_arrays(tmp_path, change):
     path = tmp_path / "a.npz"
     common.save_npz(path, sample(**change))
     refused(common.load_sample, path)
 
 
-@pytest.mark.parametrize("key", ("format", "image", "label", "unknown"))
+@pytest.mark.parametrize("key", common.SAMPLE)
 def test_sample_without_a_key(tmp_path, key):
     path = tmp_path / "a.npz"
     common.save_npz(path, {k: v for k, v in sample().items() if k != key})

@@ -25,11 +25,13 @@ LABEL_OF_ID = {1: 0, 2: 1, 3: 2, 4: 255, 5: 3, 6: 4, 7: 5, 8: 6, 9: 7, 10: 8, 11
 CAR, SIGN = 9, 11
 
 
+BARE = dict(PYTHONSAFEPATH="1", PYTHONIOENCODING="ascii")   # the script's folder is not on the path; ASCII output
+
+
 def python(*args, folder):
-    """A plain process without the script's folder on the path, whose output is to be ASCII: exit 0, nothing on stderr.
-    """
-    done = subprocess.run([sys.executable, "-P", *map(str, args)], cwd=folder, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    """A plain process in the environment BARE: exit 0, and nothing at all on stderr."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **BARE})
     assert done.returncode == 0 and not done.stderr, f"{args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -106,16 +108,16 @@ def is_figure(path, least=10_000):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, small):
-    """The four commands in one folder, with their default file names, each in a plain Python process; the first
-    one with loader processes, for which Python waits at its end."""
+    """The four commands in one folder, with their default file names, in plain Python processes (but for evaluate.py,
+    which torchrun starts in another test); the first one with loader processes, for which Python waits at its end."""
     folder = tmp_path_factory.mktemp("pipeline")
     said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96,
                    "--lr", 1e-3, "--workers", 2, folder=folder)]
     predict_every_class(folder / "pretrained.pt")
     said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--step-size", 5, "--max-steps", 3, folder=folder))
     said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
-    said.append(python(REPO / "evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit",
-                       "energy", "dropout", "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder))
+    said.append(run_ok("evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit", "energy",
+                       "dropout", "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder).out)
     return folder, said
 
 
@@ -208,7 +210,7 @@ def test_evaluate_is_the_same_however_it_is_split(pipeline, tmp_path):
                before=NO_FIGURES)
         found.append((tmp_path / f"b{size}/results.json").read_bytes())
     done = run(torch.distributed.run.__file__, "--standalone", "--nproc-per-node", 2, REPO / "evaluate.py", *args,
-               folder=tmp_path)
+               folder=tmp_path, **BARE)
     assert done.code == 0, done.err
     assert found[0] == found[1] == (tmp_path / "results/results.json").read_bytes()
 
