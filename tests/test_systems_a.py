@@ -574,7 +574,7 @@ def test_resumed_training_is_bit_identical(tmp_path, signals, monkeypatch):
     finetune.add_heads(fresh, flow_args(negatives="flow", method="mgu", known_unknown=None, gamma=0.3, lr=1e-3))
     moved = {name for name, value in fresh.state_dict().items() if not torch.equal(state["model"][name], value)}
     assert "flow.mean" in moved and all(name.startswith("flow.") for name in moved), "f itself waits for the flow"
-    monkeypatch.setattr(common, "load_checkpoint", lambda path: (None, torch.load(path, weights_only=True)))
+    monkeypatch.setattr(common, "load_checkpoint", lambda path, **_: (None, torch.load(path, weights_only=True)))
     parts, again = train(tmp_path / "parts.pt", 3)
     assert again == losses and len(losses) == 3
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values()):

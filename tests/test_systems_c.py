@@ -291,8 +291,8 @@ def test_margin_objective_of_a_pixel_head(published):
     want = L_k[k].mean() + 0.3 * ((top[k]**2).mean() + (np.maximum(0, 0.6 - top[s])**2).mean()) / 2
     found = common.objective(logits, Z, unknown, 0.3, "margin", margin=0.6, published=published)
     np.testing.assert_allclose(float(found), want, rtol=1e-12)
-    halves = [common.objective(logits[i], Z[i], unknown[i], 0.3, "margin", int(k.sum()), int(s.sum()), 0.6, published)
-              for i in (slice(0, 1), slice(1, 3))]
+    halves = [common.objective(logits[i], Z[i], unknown[i], 0.3, "margin", int(k.sum()), int(s.sum()), margin=0.6,
+                               published=published) for i in (slice(0, 1), slice(1, 3))]
     np.testing.assert_allclose(float(sum(halves)), want, rtol=1e-12)
 
 
@@ -552,7 +552,7 @@ def test_a_generator_belongs_to_one_checkpoint(masks, small):
     assert np.isfinite(list(row["pooled"].values())).all()
     shutil.copy(small / "pretrained.pt", masks / "other.pt")
     for args, told in ((("--ckpt", "other.pt", "--score", "synthcp", "--generator", "generator.pt"), "for another"),
-                       (("--ckpt", "generator.pt"), "expected one of deeplabv3")):
+                       (("--ckpt", "generator.pt"), "synthesis of another checkpoint, no segmenter")):
         done = run("evaluate.py", *args, folder=masks)
         assert done.code == 1 and told in done.err and done.err.count("\n") == 1, done.err
 
@@ -560,7 +560,7 @@ def test_a_generator_belongs_to_one_checkpoint(masks, small):
 @pytest.mark.parametrize("name, changed, told", (
     ("synthcp", dict(baseline=["other.pt"]), "other.pt .* finetune.py --synthesis --ckpt other.pt"),
     ("synthcp", dict(generator=None), "needs --generator"),
-    ("synthcp", dict(generator="other.pt"), "other.pt: a checkpoint of fpn; expected one of spade"),
+    ("synthcp", dict(generator="other.pt"), "other.pt: a checkpoint of pretrain; expected one of finetune.py --synthesis"),
     ("maskomaly", dict(queries_from="test"), "expected others"),
     ("maskomaly", dict(queries_from="val"), "val: no anomalous pixel"),
     ("maskomaly", dict(queries_from="nowhere"), "nowhere.*cannot be read"),
@@ -609,7 +609,7 @@ def test_a_synthesis_that_is_continued_is_the_same(masks, tmp_path):
     for part in ("generator.", "discriminator."):
         assert any(not torch.equal(v, first[k]) for k, v in one.items() if k.startswith(part))
     done = run("finetune.py", "--synthesis", "--loss", "kl", folder=tmp_path)
-    assert done.code == 2 and "leave out" in done.err
+    assert done.code == 2 and "argument --loss: has no effect with synthesis" in done.err
 
 
 def test_mgu_runs_on_a_mask_network(f):
