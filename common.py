@@ -314,8 +314,8 @@ class Segmenter(nn.Module):
         return self.head(self.maps(X))
 
     def outputs(self, X):
-        """dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)][, sets: what MaskDecoder
-        predicts]): what losses and scores see."""
+        """For losses and scores: dict(embedding (B, C, h, w), logits (B, N, H, W)[, outlier logit d (B, H, W)][, sets:
+        the predictions of MaskDecoder])."""
         if self.decoder:
             *levels, finest = self.head.levels(self.maps(X))
             embedding = self.head.fuse(finest)

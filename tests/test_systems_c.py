@@ -246,6 +246,7 @@ def test_the_pixel_decoder_is_that_of_fpn(f):
         assert torch.equal(f.outputs(X)["embedding"], g.outputs(X)["embedding"])
         assert torch.equal(f.embed(X), g.embed(X))
         assert (f.outputs(X)["embedding"] < 0).any()
+    assert f.decoder.pixel.kernel_size == g.classifier.kernel_size == (1, 1)
 
 
 def test_sine_positions():
@@ -368,16 +369,17 @@ def test_refinement():
 
 
 def test_queries_are_ranked_by_iou():
-    """Two images: the first has three anomalous pixels and one ignored, the second none; mean IoU by hand."""
-    m = torch.zeros(1, 7, 1, 6)
-    for q, on in enumerate(([0, 1, 2], [0, 1], [0], [0, 1, 2, 5], [0, 1, 2, 3, 4], [3, 4], [])):
+    """Two images: the first has three anomalous pixels and two ignored, the second none; mean IoU by hand."""
+    m = torch.zeros(1, 7, 1, 7)
+    for q, on in enumerate(([0, 1, 2], [0, 1], [0], [0, 1, 2, 5, 6], [0, 1, 2, 3, 4], [3, 4], [])):
         m[0, q, 0, on] = 0.95
     m[0, 6] = 0.9                                                                  # not above 0.9
     f = SimpleNamespace(outputs=lambda X: dict(sets=[(torch.zeros(1, 7, N + 1), m.logit())]))
-    image, Z = torch.zeros(3, 1, 6, dtype=torch.uint8), torch.tensor([[254, 254, 254, 1, 1, 255]], dtype=torch.uint8)
+    image = torch.zeros(3, 1, 7, dtype=torch.uint8)
+    Z = torch.tensor([[254, 254, 254, 1, 1, 255, 255]], dtype=torch.uint8)
     items = [(image, Z, Z == 254), (image, torch.full_like(Z, 1), Z > 255)]
-    # IoU with the anomaly: 1, 2/3, 1/3, 1 (pixel 5 is ignored), 3/5. With class 1, the mean of two images: query 5
-    # (1 + 2/6) / 2, query 4 (2/5 + 5/6) / 2, query 3 (0 + 4/6) / 2
+    # IoU with the anomaly: 1, 2/3, 1/3, 1 (two pixels are ignored), 3/5. With class 1, the mean of two images: query 5
+    # (1 + 2/7) / 2, query 4 (2/5 + 5/7) / 2, query 3 (0 + 5/7) / 2
     anomaly, ground = evaluate.rank_queries(f, items, "cpu", 1)
     assert set(anomaly[:2]) == {0, 3} and anomaly[2:] == [1, 4] and ground == [5, 4]
     assert evaluate.rank_queries(f, items, "cpu")[1] == [] == evaluate.rank_queries(f, items[1:], "cpu")[0]
