@@ -248,7 +248,7 @@ def test_a_results_folder_holds_one_run(small, tmp_path):
 def test_its_own_overlays_are_no_photographs(small, tmp_path):
     for name in ("a.jpg", "sub/b.png"):
         picture(tmp_path / "pp" / name)
-    tried(small, "--panels", 1, "--out", "pp", folder=tmp_path, figures=True)      # figures and results.json are not either
+    tried(small, "--panels", 1, "--out", "pp", folder=tmp_path, figures=True)   # which are no photographs either
     wanted = [f"{n}_{kind}" for n in ("a", "sub_b") for kind in ("anomaly.png", "classes.png", "score.npy")]
     for out in ("pp", "pp", "pp/deep/results", "pp/deep/results", "elsewhere", "."):
         done = tried(small, "--images", "pp", "--out", out, folder=tmp_path)
