@@ -17,7 +17,8 @@ Data"; equation, section, table and figure numbers are the paper's.
 
 Every choice that the paper leaves open is marked `# ASSUMPTION` where it is made and listed in the README.
 
-Sections: settings · models · losses · datasets · files · devices
+Sections: settings · models · losses · datasets · files · devices · networks and losses of the related systems. The
+paper needs all but the last.
 """
 import argparse
 import contextlib
@@ -236,22 +237,6 @@ class ImagePooling(ASPPPooling):
         return pooled.expand(-1, -1, *x.shape[-2:])
 
 
-class CosineClassifier(nn.Conv2d):
-    """A 1×1 convolution whose logits are cosines, s · cos(x, w_i): (B, C, h, w) → (B, N, h, w), in [−s, s] (PAnS:
-    Fontanel et al., "Detecting anomalies in semantic segmentation with prototypes", CVPR Workshops 2021).
-
-    Row i of the weight is the prototype of class i. The scale is fixed, not learned, and bounds the confidence: with
-    s = 10 and N = 13, max S ≤ 0.99946. It is 10, as published."""
-
-    scale = 10.0
-
-    def __init__(self, channels, num_classes):
-        super().__init__(channels, num_classes, 1, bias=False)
-
-    def forward(self, x):
-        return self.scale * F.conv2d(F.normalize(x.float(), dim=1), F.normalize(self.weight.float(), dim=1))
-
-
 class Segmenter(nn.Module):
     """f: images (B, 3, H, W), float in [0, 1] → logits (B, N, H, W), at the size of the input.
 
@@ -335,229 +320,6 @@ class Segmenter(nn.Module):
         return self.outputs(X)["logits"]
 
 
-def bare(f):
-    """f whose embedding is the last convolution of its head without the batch norm after it: DiCNet's student."""
-    last = f.head if f.arch == "deeplabv3" else f.head.fuse
-    last[-1] = nn.Identity()
-    return f
-
-
-class MaskDecoder(nn.Module):
-    """Mask2Former's transformer decoder (Cheng et al., CVPR 2022, Sec. 3.2): Q queries, each a class and a mask.
-
-    levels: maps at strides 32, 16, 8, which the layers look at in turn; x: the activated embedding; all (B, C, h, w).
-    → [(class logits (B, Q, N + 1), the last one ∅; mask logits (B, Q, H/4, W/4)), …], before the first layer and after
-    each; the last pair is the network's. A pixel of query q's mask: m_q = σ(mask logit).
-    ASSUMPTION: the pixel decoder is the pyramid of "fpn" to its last convolution (where the publication has deformable
-    attention), so that the two differ by the kind of classification alone; 8 heads, FFN of 8 C, post-norm, no dropout,
-    as published."""
-
-    def __init__(self, C, num_classes, queries, layers, attention):
-        super().__init__()
-        self.attention, self.queries = attention, queries
-        self.pixel = nn.Conv2d(C, C, 1)
-        self.level = nn.Parameter(torch.randn(3, C))                      # tells the strides apart
-        self.query, self.where = (nn.Parameter(torch.randn(queries, C)) for _ in range(2))
-        self.layers = nn.ModuleList(QueryLayer(C, attention) for _ in range(layers))
-        self.norm = nn.LayerNorm(C)
-        self.classify = nn.Linear(C, num_classes + 1)
-        self.mask = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
-
-    def predict(self, x, pixels):
-        """What queries x (B, Q, C) say: (class logits (B, Q, N + 1), mask logits (B, Q, h, w)), float32."""
-        x = self.norm(x)
-        return self.classify(x).float(), torch.einsum("bqc,bchw->bqhw", self.mask(x), pixels).float()
-
-    def forward(self, levels, x):
-        pixels = self.pixel(x)
-        values = [v.flatten(2).mT + e for v, e in zip(levels, self.level)]                   # (B, hw, C)
-        keys = [v + sine_positions(*level.shape[-2:], v.shape[2], v.device) for v, level in zip(values, levels)]
-        x = self.query.expand(len(pixels), -1, -1)
-        found = [self.predict(x, pixels)]
-        for i, layer in enumerate(self.layers):
-            size = levels[i % 3].shape[-2:]
-            masks = upsample(found[-1][1].detach(), size).flatten(2)                         # (B, Q, hw)
-            x = layer(x, self.where, keys[i % 3], values[i % 3], masks)
-            found.append(self.predict(x, pixels))
-        return found
-
-
-class QueryLayer(nn.Module):
-    """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
-
-    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly: Rai et al., "Unmasking
-    anomalies in road-scene segmentation", ICCV 2023): another one sees the rest, m_q ≤ 1/2, and the two are added."""
-
-    def __init__(self, C, attention):
-        super().__init__()
-        heads = math.gcd(C, 8)
-        self.inside, self.between = (nn.MultiheadAttention(C, heads, batch_first=True) for _ in range(2))
-        self.outside = nn.MultiheadAttention(C, heads, batch_first=True) if attention == "global" else None
-        self.feed = nn.Sequential(nn.Linear(C, 8 * C), nn.ReLU(), nn.Linear(8 * C, C))
-        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
-
-    def forward(self, x, where, keys, values, masks):
-        """where (Q, C): positions of the queries; keys, values (B, hw, C); masks (B, Q, hw): logits at that stride."""
-        seen = attend(self.inside, x + where, keys, values, masks < 0)                       # σ(z) < 1/2 ⇔ z < 0
-        if self.outside:
-            seen = seen + attend(self.outside, x + where, keys, values, masks > 0)
-        x = self.norms[0](x + seen)
-        x = self.norms[1](x + self.between(x + where, x + where, x, need_weights=False)[0])
-        return self.norms[2](x + self.feed(x))
-
-
-def attend(attention, queries, keys, values, closed):
-    """Attention where `closed` (B, Q, hw) says which cells a query does not see; one that would see none sees all."""
-    closed = closed & ~closed.all(2, keepdim=True)
-    closed = closed.repeat_interleave(attention.num_heads, 0)                                # (B·heads, Q, hw)
-    return attention(queries, keys, values, attn_mask=closed, need_weights=False)[0]
-
-
-def sine_positions(h, w, C, device=None):
-    """(h·w, C): sines and cosines of y and x, each over (0, 2π], at C/4 rates (Carion et al., DETR, ECCV 2020)."""
-    rates = 10000 ** -(torch.arange(C // 4, device=device) / (C // 4))
-
-    def axis(n):
-        angles = 2 * math.pi * torch.arange(1, n + 1, device=device)[:, None] / n * rates    # (n, C/4)
-        return torch.cat([angles.sin(), angles.cos()], 1)
-    y, x = axis(h)[:, None].expand(-1, w, -1), axis(w).expand(h, -1, -1)
-    return torch.cat([y, x], 2).flatten(0, 1)
-
-
-def log_mixture(classes, masks):
-    """log p̂ (B, N, H, W), p̂_c = Σ_q p_q(c) m_q: ∅ has no part in it, so that Σ_c p̂_c is small where no query has a
-    mask. classes: logits (B, Q, N + 1); masks: logits (B, Q, H, W). p̂ is in float32 under autocast too.
-
-    −max_c log p̂_c (the score "maxlogit") has the order of Mask2Anomaly's 1 − max_c p̂_c."""
-    device = "cpu" if masks.is_meta else masks.device.type   # meta: pretrain.py counts operations
-    with torch.autocast(device, enabled=False):
-        p = torch.einsum("bqn,bqhw->bnhw", classes.softmax(2)[..., :-1], masks.sigmoid())
-    return p.clamp(min=1e-30).log()
-
-
-# SynthCP (Xia et al., "Synthesize then compare", ECCV 2020): images from label maps, by SPADE (Park et al., CVPR 2019)
-
-class Spade(nn.Module):
-    """Batch norm, scaled and shifted pixel by pixel by convolutions of the label map: x · (1 + γ(Y)) + β(Y)."""
-
-    def __init__(self, channels, labels, hidden):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.shared = nn.Conv2d(labels, hidden, 3, padding=1)
-        self.gamma, self.beta = (nn.Conv2d(hidden, channels, 3, padding=1) for _ in range(2))
-
-    def forward(self, x, Y):
-        hidden = self.shared(F.interpolate(Y, x.shape[-2:])).relu()
-        return self.norm(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
-
-
-class SpadeBlock(nn.Module):
-    """Residual block of SPADE: twice norm, leaky ReLU, 3×3 convolution; a 1×1 one beside it where the width changes."""
-
-    def __init__(self, c_in, c_out, labels, hidden):
-        super().__init__()
-        middle = min(c_in, c_out)
-        self.norms = nn.ModuleList(Spade(c, labels, hidden) for c in (c_in, middle))
-        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 3, padding=1))
-                                   for a, b in ((c_in, middle), (middle, c_out)))
-        self.beside = None
-        if c_in != c_out:
-            self.beside = nn.ModuleList((Spade(c_in, labels, hidden), spectral_norm(nn.Conv2d(c_in, c_out, 1,
-                                                                                              bias=False))))
-
-    def forward(self, x, Y):
-        y = x
-        for norm, conv in zip(self.norms, self.convs):
-            y = conv(F.leaky_relu(norm(y, Y), 0.2))
-        if self.beside:
-            norm, conv = self.beside
-            x = conv(norm(x, Y))
-        return x + y
-
-
-class Generator(nn.Module):
-    """G: one-hot label maps (B, N, H, W) → images (B, 3, H, W) in [0, 1], from a 64th of the size upwards."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        widths = [k * width for k in (16, 16, 16, 16, 8, 4, 2, 1)]
-        self.first = nn.Conv2d(num_classes, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(SpadeBlock(a, b, num_classes, 2 * width) for a, b in zip(widths, widths[1:]))
-        self.last = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, Y):
-        x = Y
-        for k, block in zip((64, 32, 16, 8, 4, 2, 1), self.blocks):
-            x = F.interpolate(x, [-(-n // k) for n in Y.shape[-2:]])      # nearest; any H and W
-            x = block(self.first(x) if k == 64 else x, Y)
-        return (single(self.last(F.leaky_relu(x, 0.2))).tanh() + 1) / 2
-
-
-class PatchDiscriminator(nn.Module):
-    """D at two scales: label maps and images (B, N + 3, H, W) → [[4 feature maps, score a patch (B, 1, h, w)], …]."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        self.scales = nn.ModuleList(self.one_scale(channels, width) for _ in range(2))
-
-    @staticmethod
-    def one_scale(channels, width):
-        layers = [nn.Sequential(nn.Conv2d(channels, width, 4, 2, 2), nn.LeakyReLU(0.2))]
-        for k, stride in ((1, 2), (2, 2), (4, 1)):
-            conv = spectral_norm(nn.Conv2d(k * width, 2 * k * width, 4, stride, 2, bias=False))
-            layers.append(nn.Sequential(conv, nn.InstanceNorm2d(2 * k * width), nn.LeakyReLU(0.2)))
-        return nn.ModuleList([*layers, nn.Conv2d(8 * width, 1, 4, 1, 2)])
-
-    def forward(self, x):
-        found = []
-        for layers in self.scales:
-            found.append([])
-            y = x
-            for layer in layers:
-                y = layer(y)
-                found[-1].append(single(y))
-            x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
-        return found
-
-
-class Synthesizer(nn.Module):
-    """G and D of a frozen segmenter (finetune.py --synthesis); forward is G.
-
-    `outputs` is what the loop of pretrain.py calls. One backward pass and one Adam train both: G's loss sees D through
-    detached parameters, and D's loss sees the synthesis detached."""
-
-    arch = "spade"
-
-    def __init__(self, backbone, num_classes, width):
-        super().__init__()
-        self.backbone_name, self.num_classes, self.width = backbone, num_classes, width   # backbone: the segmenter's
-        self.generator = Generator(num_classes, width)
-        self.discriminator = PatchDiscriminator(num_classes + 3, width)
-
-    def forward(self, Y):
-        return self.generator(Y)
-
-    def outputs(self, pair):
-        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D(X), D(G(Y)) as D's loss sees them; judged:
-        D(G(Y)) as G's does)."""
-        Y, X = pair
-        image = self.generator(Y)
-        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        judged = torch.func.functional_call(self.discriminator, frozen, (torch.cat([Y, image], 1),))
-        return dict(image=image, judged=judged, real=self.discriminator(torch.cat([Y, X], 1)),
-                    fake=self.discriminator(torch.cat([Y, image.detach()], 1)))
-
-
-def single(x):
-    """float32 where autocast has made bfloat16: losses are not sums of rounded terms."""
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
-def one_hot(Z, N):
-    """Label maps (B, H, W) → (B, N, H, W) float, 0 in every channel where Z is no class."""
-    return (Z[:, None] == torch.arange(N, device=Z.device).view(-1, 1, 1)).float()
-
-
 def build_backbone(arch, name):
     """The backbone of an architecture: images (B, 3, H, W) → {"out": the last map} or, of PYRAMIDS, all maps of TAPS.
 
@@ -589,91 +351,6 @@ def dilate(trunk, first):
                 else:
                     conv.dilation = tuple(2 * d for d in conv.dilation)
                     conv.padding = tuple(2 * p for p in conv.padding)
-
-
-class Coupling(nn.Module):
-    """Affine coupling: of the halves x = (a, b) of the channels, b → b · exp(s) + t, with s and t functions of a; then
-    the channels of both take turns (a perfect shuffle), so that the next coupling halves them in another way.
-
-    At first s = t = 0: the last convolution is. |s| < 2, so that no step of the optimiser is without way back."""
-
-    def __init__(self, channels, mid):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(channels // 2, mid, 3, padding=1), nn.ReLU(), nn.Conv2d(mid, mid, 1),
-                                 nn.ReLU(), nn.Conv2d(mid, channels, 3, padding=1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def s_and_t(self, a):
-        s, t = self.net(a).chunk(2, 1)
-        return 2 * torch.tanh(s / 2), t
-
-    def forward(self, x):
-        """(the output, log |det| of each image)."""
-        a, b = x.chunk(2, 1)
-        s, t = self.s_and_t(a)
-        return torch.stack([b * s.exp() + t, a], 2).flatten(1, 2), s.sum((1, 2, 3))
-
-    def inverse(self, x):
-        b, a = x.unflatten(1, (-1, 2)).unbind(2)
-        s, t = self.s_and_t(a)
-        return torch.cat([a, (b - t) * (-s).exp()], 1)
-
-
-class RealNVP(nn.Module):
-    """Real NVP (Dinh et al., ICLR 2017): a bijection of patches x (B, 3, h, w) in [−½, ½] and noise z ~ N(0, 1) of the
-    same shape; fully convolutional, so that h and w are any multiples of 4.
-
-    Squeeze (2×2 pixels → 12 channels at h/2), couplings; half of the channels are done, the others are squeezed again
-    (24 at h/4), couplings; a mean and a deviation for each of the 12 channels. At first N(0, 0.3²).
-    ASSUMPTION: 2 × 6 couplings of 32 channels, 0.1 M parameters; the publication's size is not known to us."""
-
-    def __init__(self, couplings=6, mid=32):
-        super().__init__()
-        self.fine, self.coarse = (nn.ModuleList(Coupling(c, mid) for _ in range(couplings)) for c in (12, 24))
-        self.mean = nn.Parameter(torch.zeros(12, 1, 1))
-        self.log_std = nn.Parameter(torch.full((12, 1, 1), math.log(0.3)))
-
-    def forward(self, x):
-        """x → (z, log |det ∂z/∂x| of each image (B,))."""
-        x, log_det = F.pixel_unshuffle(x, 2), 0
-        for coupling in self.fine:
-            x, d = coupling(x)
-            log_det = log_det + d
-        done, x = x.chunk(2, 1)                                   # 6 and 6 channels
-        x = F.pixel_unshuffle(x, 2)                               # (B, 24, h/4, w/4)
-        for coupling in self.coarse:
-            x, d = coupling(x)
-            log_det = log_det + d
-        z = (torch.cat([done, F.pixel_shuffle(x, 2)], 1) - self.mean) * (-self.log_std).exp()
-        return F.pixel_shuffle(z, 2), log_det - self.log_std.sum() * z[0, 0].numel()
-
-    def inverse(self, z):
-        """z → x."""
-        x = F.pixel_unshuffle(z, 2) * self.log_std.exp() + self.mean
-        done, x = x.chunk(2, 1)
-        x = F.pixel_unshuffle(x, 2)
-        for coupling in reversed(self.coarse):
-            x = coupling.inverse(x)
-        x = torch.cat([done, F.pixel_shuffle(x, 2)], 1)
-        for coupling in reversed(self.fine):
-            x = coupling.inverse(x)
-        return F.pixel_shuffle(x, 2)
-
-    def sample(self, z):
-        """Image patches (B, 3, h, w) in [0, 1], of whole grey levels as every image that f sees.
-
-        Straight-through rounding: its gradient is that of the identity, else none would come back from the loss on D_s
-        (the public joint code rounds to integers: its flow learns from the likelihood alone)."""
-        x = (self.inverse(z) + 0.5).clamp(0, 1)
-        return x + ((255 * x).round() / 255 - x).detach()
-
-    def bits(self, X, u):
-        """−log₂ p of each patch, (B,): X (B, 3, h, w) in [0, 1] of whole grey levels, u uniform noise in [0, 1) of that
-        shape, which fills the step between two levels (dequantisation): p(level) = p(x) / 256 for each value."""
-        z, log_det = self((255 * X + u) / 256 - 0.5)
-        log_p = log_det - 0.5 * (z**2 + math.log(2 * math.pi)).sum((1, 2, 3))
-        return 8 * z[0].numel() - log_p / math.log(2)
 
 
 # ──────────────────────────────────────────────── losses ────────────────────────────────────────────────
@@ -725,15 +402,6 @@ def loss_er(log_S, r=None):
     return (H_max + r) / (H + r) - 1
 
 
-def loss_js(log_S):
-    """Jensen-Shannon divergence of S and the uniform distribution per pixel (B, H, W), in [0, log 2]: bounded, where
-    L_KL is not (Grcić et al., "Dense anomaly detection by robust learning on synthetic negative data", 2021)."""
-    log_U = -math.log(log_S.shape[1])
-    log_M = torch.logaddexp(log_S, torch.full_like(log_S, log_U)) - math.log(2)   # M = (S + U) / 2
-    # ½ Σ_i S_i log(S_i / M_i) + ½ Σ_i U log(U / M_i)
-    return 0.5 * (log_S.exp() * (log_S - log_M)).sum(1) + 0.5 * (log_U - log_M).mean(1)
-
-
 LOSSES = ("er", "kl", "js", "energy", "margin")   # on D_s
 
 
@@ -765,84 +433,6 @@ def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None, out
         target = unknown.to(log_S.dtype)
         per_pixel = F.binary_cross_entropy_with_logits(outlier.to(log_S.dtype), target, reduction="none")
         value = value + gamma * masked_mean(per_pixel, known | unknown, None if n_k is None else n_k + n_s)
-    return value
-
-
-# Mask classification (Mask2Former, Cheng et al., CVPR 2022): a set of masks is matched with the classes in the labels
-
-def mask_losses(z, t):
-    """(BCE, dice) of every mask with every class, each (…, B, Q, N); z (…, B, Q, S) mask logits, t (B, N, S) targets.
-
-    t is the share of a cell's pixels that have the class; Σ_c t_c is k, the share of D_k. Both are those of the D_k
-    pixels, each given the m = σ(z) of its cell, so that pixels outside D_k say nothing.
-    ASSUMPTION: all cells at stride 4, where the publication draws 12 544 points; no random number, a closed form."""
-    k = t.sum(1, keepdim=True)                                                    # (B, 1, S)
-    # −Σ [t log m + (k − t) log(1 − m)] / Σ k, with −log m = softplus(−z) and −log(1 − m) = z + softplus(−z)
-    bce = (F.softplus(-z) @ k.mT + z @ (k - t).mT) / k.sum(2, keepdim=True).clamp(min=1e-6)
-    m = z.sigmoid()
-    # 1 − (2 Σ m t + 1) / (Σ m k + Σ t + 1)
-    dice = 1 - (2 * (m @ t.mT) + 1) / (m @ k.mT + t.sum(2).unsqueeze(-2) + 1)
-    return bce, dice
-
-
-@torch.no_grad()
-def match(cost, present):
-    """The cheapest assignment of queries to the classes that an image holds, of each prediction and image.
-
-    cost (L, B, Q, N); present (B, N) bool → (l, b, q, c), int64 (4, n). Where an image has more classes than there are
-    queries, some stay without."""
-    cost, present = cost.nan_to_num().cpu().numpy(), present.cpu().numpy()        # one wait for the device
-    rows = [np.empty((4, 0), np.int64)]
-    for l, b in np.ndindex(cost.shape[:2]):
-        classes = np.flatnonzero(present[b])
-        q, j = linear_sum_assignment(cost[l, b][:, classes])
-        rows.append(np.stack([np.full(len(q), l), np.full(len(q), b), q, classes[j]]))
-    return torch.from_numpy(np.concatenate(rows, 1))
-
-
-def loss_sets(sets, Z, known, n_masks=None, n_images=None):
-    """Mask2Former's loss, 2 · CE + 5 · BCE + 5 · dice, summed over the predictions of `sets`: a scalar.
-
-    sets [(class logits (B, Q, N + 1), mask logits (B, Q, h, w)), …]; Z (B, H, W); known (B, H, W) bool: D_k. A target
-    is a class in the image, with the mask of its pixels. CE is a mean over the queries, of weight 1, and 0.1 for those
-    that no class was matched with (their target is ∅); BCE and dice are means over the masks. n_masks and n_images: the
-    matched masks and the images of the whole batch, where this is a part of it."""
-    classes, z = (torch.stack(v) for v in zip(*sets))                             # (L, B, Q, N + 1), (L, B, Q, h, w)
-    Q, N = classes.shape[2], classes.shape[3] - 1
-    t = F.interpolate(one_hot(Z, N) * known[:, None], z.shape[-2:], mode="area").flatten(2).to(z.dtype)   # (B, N, hw)
-    log_p, (bce, dice) = classes.log_softmax(3), mask_losses(z.flatten(3), t)
-    present = t.sum(2) > 0
-    matched = match(-2 * log_p[..., :-1].exp() + 5 * bce + 5 * dice, present).to(z.device)
-    if n_masks is None:
-        n_masks, n_images = int(present.sum(1).clamp(max=Q).sum()), len(Z)
-
-    target = torch.full(z.shape[:3], N, device=z.device)                          # ∅
-    target[tuple(matched[:3])] = matched[3]
-    weight = torch.where(target == N, 0.1, 1.0)
-    ce = -(weight * log_p.gather(3, target[..., None]).squeeze(3)).sum() / (n_masks + 0.1 * (n_images * Q - n_masks))
-    masks = (bce + dice)[tuple(matched)].sum() / max(n_masks, 1)
-    return 2 * ce + 5 * masks
-
-
-def loss_margin(top, known, unknown, margin=0.75, published=False, n_k=None, n_s=None):
-    """Mask2Anomaly's contrast (Rai et al., ICCV 2023, Sec. 3.3): ½ [E_{D_k} l² + E_{D_s} max(0, M − l)²], l = 1 − top.
-
-    top (B, H, W): max_c p̂_c, or the largest softmax; known, unknown bool: D_k, D_s; M is `margin`. Returns a scalar.
-    `published`: l = −top, as the publication and its code have it. Then −1 ≤ l ≤ 0, and both terms push the confidence
-    to 0, on D_k too; 1 − top does what the publication says it wants: 0 on D_k, at least M on D_s.
-    DEVIATION: D_k, where the publication has all pixels outside D_s, those without a class too."""
-    l = -top if published else 1 - top
-    return (masked_mean(l**2, known, n_k) + masked_mean((margin - l).clamp(min=0)**2, unknown, n_s)) / 2
-
-
-def objective_sets(sets, Z, unknown, alpha=0, margin=0.75, published=False, n_k=None, n_s=None, n_masks=None,
-                   n_images=None):
-    """Loss of a mask network: loss_sets on D_k + α · loss_margin of every prediction. Arguments as above."""
-    known = (Z < sets[0][0].shape[2] - 1) & ~unknown
-    value = loss_sets(sets, Z, known, n_masks, n_images)
-    for classes, masks in sets if alpha else ():
-        top = upsample(log_mixture(classes, masks).amax(1, keepdim=True).exp(), Z.shape[-2:]).squeeze(1)
-        value = value + alpha * loss_margin(top, known, unknown, margin, published, n_k, n_s)
     return value
 
 
@@ -1834,3 +1424,421 @@ def cli(main):
         fail("interrupted", 130)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+# ──────────────────────────────── networks and losses of the related systems ────────────────────────────────
+# Real NVP, a flow whose samples are D_s (finetune.py --negatives flow)
+
+class Coupling(nn.Module):
+    """Affine coupling: of the halves x = (a, b) of the channels, b → b · exp(s) + t, with s and t functions of a; then
+    the channels of both take turns (a perfect shuffle), so that the next coupling halves them in another way.
+
+    At first s = t = 0: the last convolution is. |s| < 2, so that no step of the optimiser is without way back."""
+
+    def __init__(self, channels, mid):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(channels // 2, mid, 3, padding=1), nn.ReLU(), nn.Conv2d(mid, mid, 1),
+                                 nn.ReLU(), nn.Conv2d(mid, channels, 3, padding=1))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def s_and_t(self, a):
+        s, t = self.net(a).chunk(2, 1)
+        return 2 * torch.tanh(s / 2), t
+
+    def forward(self, x):
+        """(the output, log |det| of each image)."""
+        a, b = x.chunk(2, 1)
+        s, t = self.s_and_t(a)
+        return torch.stack([b * s.exp() + t, a], 2).flatten(1, 2), s.sum((1, 2, 3))
+
+    def inverse(self, x):
+        b, a = x.unflatten(1, (-1, 2)).unbind(2)
+        s, t = self.s_and_t(a)
+        return torch.cat([a, (b - t) * (-s).exp()], 1)
+
+
+class RealNVP(nn.Module):
+    """Real NVP (Dinh et al., ICLR 2017): a bijection of patches x (B, 3, h, w) in [−½, ½] and noise z ~ N(0, 1) of the
+    same shape; fully convolutional, so that h and w are any multiples of 4.
+
+    Squeeze (2×2 pixels → 12 channels at h/2), couplings; half of the channels are done, the others are squeezed again
+    (24 at h/4), couplings; a mean and a deviation for each of the 12 channels. At first N(0, 0.3²).
+    ASSUMPTION: 2 × 6 couplings of 32 channels, 0.1 M parameters; the publication's size is not known to us."""
+
+    def __init__(self, couplings=6, mid=32):
+        super().__init__()
+        self.fine, self.coarse = (nn.ModuleList(Coupling(c, mid) for _ in range(couplings)) for c in (12, 24))
+        self.mean = nn.Parameter(torch.zeros(12, 1, 1))
+        self.log_std = nn.Parameter(torch.full((12, 1, 1), math.log(0.3)))
+
+    def forward(self, x):
+        """x → (z, log |det ∂z/∂x| of each image (B,))."""
+        x, log_det = F.pixel_unshuffle(x, 2), 0
+        for coupling in self.fine:
+            x, d = coupling(x)
+            log_det = log_det + d
+        done, x = x.chunk(2, 1)                                   # 6 and 6 channels
+        x = F.pixel_unshuffle(x, 2)                               # (B, 24, h/4, w/4)
+        for coupling in self.coarse:
+            x, d = coupling(x)
+            log_det = log_det + d
+        z = (torch.cat([done, F.pixel_shuffle(x, 2)], 1) - self.mean) * (-self.log_std).exp()
+        return F.pixel_shuffle(z, 2), log_det - self.log_std.sum() * z[0, 0].numel()
+
+    def inverse(self, z):
+        """z → x."""
+        x = F.pixel_unshuffle(z, 2) * self.log_std.exp() + self.mean
+        done, x = x.chunk(2, 1)
+        x = F.pixel_unshuffle(x, 2)
+        for coupling in reversed(self.coarse):
+            x = coupling.inverse(x)
+        x = torch.cat([done, F.pixel_shuffle(x, 2)], 1)
+        for coupling in reversed(self.fine):
+            x = coupling.inverse(x)
+        return F.pixel_shuffle(x, 2)
+
+    def sample(self, z):
+        """Image patches (B, 3, h, w) in [0, 1], of whole grey levels as every image that f sees.
+
+        Straight-through rounding: its gradient is that of the identity, else none would come back from the loss on D_s
+        (the public joint code rounds to integers: its flow learns from the likelihood alone)."""
+        x = (self.inverse(z) + 0.5).clamp(0, 1)
+        return x + ((255 * x).round() / 255 - x).detach()
+
+    def bits(self, X, u):
+        """−log₂ p of each patch, (B,): X (B, 3, h, w) in [0, 1] of whole grey levels, u uniform noise in [0, 1) of that
+        shape, which fills the step between two levels (dequantisation): p(level) = p(x) / 256 for each value."""
+        z, log_det = self((255 * X + u) / 256 - 0.5)
+        log_p = log_det - 0.5 * (z**2 + math.log(2 * math.pi)).sum((1, 2, 3))
+        return 8 * z[0].numel() - log_p / math.log(2)
+
+
+# Losses on D_s
+
+def loss_js(log_S):
+    """Jensen-Shannon divergence of S and the uniform distribution per pixel (B, H, W), in [0, log 2]: bounded, where
+    L_KL is not (Grcić et al., "Dense anomaly detection by robust learning on synthetic negative data", 2021)."""
+    log_U = -math.log(log_S.shape[1])
+    log_M = torch.logaddexp(log_S, torch.full_like(log_S, log_U)) - math.log(2)   # M = (S + U) / 2
+    # ½ Σ_i S_i log(S_i / M_i) + ½ Σ_i U log(U / M_i)
+    return 0.5 * (log_S.exp() * (log_S - log_M)).sum(1) + 0.5 * (log_U - log_M).mean(1)
+
+
+def loss_margin(top, known, unknown, margin=0.75, published=False, n_k=None, n_s=None):
+    """Mask2Anomaly's contrast (Rai et al., ICCV 2023, Sec. 3.3): ½ [E_{D_k} l² + E_{D_s} max(0, M − l)²], l = 1 − top.
+
+    top (B, H, W): max_c p̂_c, or the largest softmax; known, unknown bool: D_k, D_s; M is `margin`. Returns a scalar.
+    `published`: l = −top, as the publication and its code have it. Then −1 ≤ l ≤ 0, and both terms push the confidence
+    to 0, on D_k too; 1 − top does what the publication says it wants: 0 on D_k, at least M on D_s.
+    DEVIATION: D_k, where the publication has all pixels outside D_s, those without a class too."""
+    l = -top if published else 1 - top
+    return (masked_mean(l**2, known, n_k) + masked_mean((margin - l).clamp(min=0)**2, unknown, n_s)) / 2
+
+
+# Prototypes: PAnS, PGAN; DiCNet's student
+
+class CosineClassifier(nn.Conv2d):
+    """A 1×1 convolution whose logits are cosines, s · cos(x, w_i): (B, C, h, w) → (B, N, h, w), in [−s, s] (PAnS:
+    Fontanel et al., "Detecting anomalies in semantic segmentation with prototypes", CVPR Workshops 2021).
+
+    Row i of the weight is the prototype of class i. The scale is fixed, not learned, and bounds the confidence: with
+    s = 10 and N = 13, max S ≤ 0.99946. It is 10, as published."""
+
+    scale = 10.0
+
+    def __init__(self, channels, num_classes):
+        super().__init__(channels, num_classes, 1, bias=False)
+
+    def forward(self, x):
+        return self.scale * F.conv2d(F.normalize(x.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+
+
+def bare(f):
+    """f whose embedding is the last convolution of its head without the batch norm after it: DiCNet's student."""
+    last = f.head if f.arch == "deeplabv3" else f.head.fuse
+    last[-1] = nn.Identity()
+    return f
+
+
+# Mask classification (Mask2Former, Cheng et al., CVPR 2022): a set of masks is matched with the classes in the labels
+
+class MaskDecoder(nn.Module):
+    """Mask2Former's transformer decoder (Cheng et al., CVPR 2022, Sec. 3.2): Q queries, each a class and a mask.
+
+    levels: maps at strides 32, 16, 8, which the layers look at in turn; x: the activated embedding; all (B, C, h, w).
+    → [(class logits (B, Q, N + 1), the last one ∅; mask logits (B, Q, H/4, W/4)), …], before the first layer and after
+    each; the last pair is the network's. A pixel of query q's mask: m_q = σ(mask logit).
+    ASSUMPTION: the pixel decoder is the pyramid of "fpn" to its last convolution (where the publication has deformable
+    attention), so that the two differ by the kind of classification alone; 8 heads, FFN of 8 C, post-norm, no dropout,
+    as published."""
+
+    def __init__(self, C, num_classes, queries, layers, attention):
+        super().__init__()
+        self.attention, self.queries = attention, queries
+        self.pixel = nn.Conv2d(C, C, 1)
+        self.level = nn.Parameter(torch.randn(3, C))                      # tells the strides apart
+        self.query, self.where = (nn.Parameter(torch.randn(queries, C)) for _ in range(2))
+        self.layers = nn.ModuleList(QueryLayer(C, attention) for _ in range(layers))
+        self.norm = nn.LayerNorm(C)
+        self.classify = nn.Linear(C, num_classes + 1)
+        self.mask = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
+
+    def predict(self, x, pixels):
+        """What queries x (B, Q, C) say: (class logits (B, Q, N + 1), mask logits (B, Q, h, w)), float32."""
+        x = self.norm(x)
+        return self.classify(x).float(), torch.einsum("bqc,bchw->bqhw", self.mask(x), pixels).float()
+
+    def forward(self, levels, x):
+        pixels = self.pixel(x)
+        values = [v.flatten(2).mT + e for v, e in zip(levels, self.level)]                   # (B, hw, C)
+        keys = [v + sine_positions(*level.shape[-2:], v.shape[2], v.device) for v, level in zip(values, levels)]
+        x = self.query.expand(len(pixels), -1, -1)
+        found = [self.predict(x, pixels)]
+        for i, layer in enumerate(self.layers):
+            size = levels[i % 3].shape[-2:]
+            masks = upsample(found[-1][1].detach(), size).flatten(2)                         # (B, Q, hw)
+            x = layer(x, self.where, keys[i % 3], values[i % 3], masks)
+            found.append(self.predict(x, pixels))
+        return found
+
+
+class QueryLayer(nn.Module):
+    """A layer of MaskDecoder: masked cross-attention, self-attention, feed-forward network; x (B, Q, C) → the same.
+
+    "masked": a query sees the cells of its own mask, m_q ≥ 1/2. "global" (Mask2Anomaly: Rai et al., "Unmasking
+    anomalies in road-scene segmentation", ICCV 2023): another one sees the rest, m_q ≤ 1/2, and the two are added."""
+
+    def __init__(self, C, attention):
+        super().__init__()
+        heads = math.gcd(C, 8)
+        self.inside, self.between = (nn.MultiheadAttention(C, heads, batch_first=True) for _ in range(2))
+        self.outside = nn.MultiheadAttention(C, heads, batch_first=True) if attention == "global" else None
+        self.feed = nn.Sequential(nn.Linear(C, 8 * C), nn.ReLU(), nn.Linear(8 * C, C))
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
+
+    def forward(self, x, where, keys, values, masks):
+        """where (Q, C): positions of the queries; keys, values (B, hw, C); masks (B, Q, hw): logits at that stride."""
+        seen = attend(self.inside, x + where, keys, values, masks < 0)                       # σ(z) < 1/2 ⇔ z < 0
+        if self.outside:
+            seen = seen + attend(self.outside, x + where, keys, values, masks > 0)
+        x = self.norms[0](x + seen)
+        x = self.norms[1](x + self.between(x + where, x + where, x, need_weights=False)[0])
+        return self.norms[2](x + self.feed(x))
+
+
+def attend(attention, queries, keys, values, closed):
+    """Attention where `closed` (B, Q, hw) says which cells a query does not see; one that would see none sees all."""
+    closed = closed & ~closed.all(2, keepdim=True)
+    closed = closed.repeat_interleave(attention.num_heads, 0)                                # (B·heads, Q, hw)
+    return attention(queries, keys, values, attn_mask=closed, need_weights=False)[0]
+
+
+def sine_positions(h, w, C, device=None):
+    """(h·w, C): sines and cosines of y and x, each over (0, 2π], at C/4 rates (Carion et al., DETR, ECCV 2020)."""
+    rates = 10000 ** -(torch.arange(C // 4, device=device) / (C // 4))
+
+    def axis(n):
+        angles = 2 * math.pi * torch.arange(1, n + 1, device=device)[:, None] / n * rates    # (n, C/4)
+        return torch.cat([angles.sin(), angles.cos()], 1)
+    y, x = axis(h)[:, None].expand(-1, w, -1), axis(w).expand(h, -1, -1)
+    return torch.cat([y, x], 2).flatten(0, 1)
+
+
+def log_mixture(classes, masks):
+    """log p̂ (B, N, H, W), p̂_c = Σ_q p_q(c) m_q: ∅ has no part in it, so that Σ_c p̂_c is small where no query has a
+    mask. classes: logits (B, Q, N + 1); masks: logits (B, Q, H, W). p̂ is in float32 under autocast too.
+
+    −max_c log p̂_c (the score "maxlogit") has the order of Mask2Anomaly's 1 − max_c p̂_c."""
+    device = "cpu" if masks.is_meta else masks.device.type   # meta: pretrain.py counts operations
+    with torch.autocast(device, enabled=False):
+        p = torch.einsum("bqn,bqhw->bnhw", classes.softmax(2)[..., :-1], masks.sigmoid())
+    return p.clamp(min=1e-30).log()
+
+
+def mask_losses(z, t):
+    """(BCE, dice) of every mask with every class, each (…, B, Q, N); z (…, B, Q, S) mask logits, t (B, N, S) targets.
+
+    t is the share of a cell's pixels that have the class; Σ_c t_c is k, the share of D_k. Both are those of the D_k
+    pixels, each given the m = σ(z) of its cell, so that pixels outside D_k say nothing.
+    ASSUMPTION: all cells at stride 4, where the publication draws 12 544 points; no random number, a closed form."""
+    k = t.sum(1, keepdim=True)                                                    # (B, 1, S)
+    # −Σ [t log m + (k − t) log(1 − m)] / Σ k, with −log m = softplus(−z) and −log(1 − m) = z + softplus(−z)
+    bce = (F.softplus(-z) @ k.mT + z @ (k - t).mT) / k.sum(2, keepdim=True).clamp(min=1e-6)
+    m = z.sigmoid()
+    # 1 − (2 Σ m t + 1) / (Σ m k + Σ t + 1)
+    dice = 1 - (2 * (m @ t.mT) + 1) / (m @ k.mT + t.sum(2).unsqueeze(-2) + 1)
+    return bce, dice
+
+
+@torch.no_grad()
+def match(cost, present):
+    """The cheapest assignment of queries to the classes that an image holds, of each prediction and image.
+
+    cost (L, B, Q, N); present (B, N) bool → (l, b, q, c), int64 (4, n). Where an image has more classes than there are
+    queries, some stay without."""
+    cost, present = cost.nan_to_num().cpu().numpy(), present.cpu().numpy()        # one wait for the device
+    rows = [np.empty((4, 0), np.int64)]
+    for l, b in np.ndindex(cost.shape[:2]):
+        classes = np.flatnonzero(present[b])
+        q, j = linear_sum_assignment(cost[l, b][:, classes])
+        rows.append(np.stack([np.full(len(q), l), np.full(len(q), b), q, classes[j]]))
+    return torch.from_numpy(np.concatenate(rows, 1))
+
+
+def loss_sets(sets, Z, known, n_masks=None, n_images=None):
+    """Mask2Former's loss, 2 · CE + 5 · BCE + 5 · dice, summed over the predictions of `sets`: a scalar.
+
+    sets [(class logits (B, Q, N + 1), mask logits (B, Q, h, w)), …]; Z (B, H, W); known (B, H, W) bool: D_k. A target
+    is a class in the image, with the mask of its pixels. CE is a mean over the queries, of weight 1, and 0.1 for those
+    that no class was matched with (their target is ∅); BCE and dice are means over the masks. n_masks and n_images: the
+    matched masks and the images of the whole batch, where this is a part of it."""
+    classes, z = (torch.stack(v) for v in zip(*sets))                             # (L, B, Q, N + 1), (L, B, Q, h, w)
+    Q, N = classes.shape[2], classes.shape[3] - 1
+    t = F.interpolate(one_hot(Z, N) * known[:, None], z.shape[-2:], mode="area").flatten(2).to(z.dtype)   # (B, N, hw)
+    log_p, (bce, dice) = classes.log_softmax(3), mask_losses(z.flatten(3), t)
+    present = t.sum(2) > 0
+    matched = match(-2 * log_p[..., :-1].exp() + 5 * bce + 5 * dice, present).to(z.device)
+    if n_masks is None:
+        n_masks, n_images = int(present.sum(1).clamp(max=Q).sum()), len(Z)
+
+    target = torch.full(z.shape[:3], N, device=z.device)                          # ∅
+    target[tuple(matched[:3])] = matched[3]
+    weight = torch.where(target == N, 0.1, 1.0)
+    ce = -(weight * log_p.gather(3, target[..., None]).squeeze(3)).sum() / (n_masks + 0.1 * (n_images * Q - n_masks))
+    masks = (bce + dice)[tuple(matched)].sum() / max(n_masks, 1)
+    return 2 * ce + 5 * masks
+
+
+def objective_sets(sets, Z, unknown, alpha=0, margin=0.75, published=False, n_k=None, n_s=None, n_masks=None,
+                   n_images=None):
+    """Loss of a mask network: loss_sets on D_k + α · loss_margin of every prediction. Arguments as above."""
+    known = (Z < sets[0][0].shape[2] - 1) & ~unknown
+    value = loss_sets(sets, Z, known, n_masks, n_images)
+    for classes, masks in sets if alpha else ():
+        top = upsample(log_mixture(classes, masks).amax(1, keepdim=True).exp(), Z.shape[-2:]).squeeze(1)
+        value = value + alpha * loss_margin(top, known, unknown, margin, published, n_k, n_s)
+    return value
+
+
+# SynthCP (Xia et al., "Synthesize then compare", ECCV 2020): images from label maps, by SPADE (Park et al., CVPR 2019)
+
+class Spade(nn.Module):
+    """Batch norm, scaled and shifted pixel by pixel by convolutions of the label map: x · (1 + γ(Y)) + β(Y)."""
+
+    def __init__(self, channels, labels, hidden):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.shared = nn.Conv2d(labels, hidden, 3, padding=1)
+        self.gamma, self.beta = (nn.Conv2d(hidden, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x, Y):
+        hidden = self.shared(F.interpolate(Y, x.shape[-2:])).relu()
+        return self.norm(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+
+
+class SpadeBlock(nn.Module):
+    """Residual block of SPADE: twice norm, leaky ReLU, 3×3 convolution; a 1×1 one beside it where the width changes."""
+
+    def __init__(self, c_in, c_out, labels, hidden):
+        super().__init__()
+        middle = min(c_in, c_out)
+        self.norms = nn.ModuleList(Spade(c, labels, hidden) for c in (c_in, middle))
+        self.convs = nn.ModuleList(spectral_norm(nn.Conv2d(a, b, 3, padding=1))
+                                   for a, b in ((c_in, middle), (middle, c_out)))
+        self.beside = None
+        if c_in != c_out:
+            self.beside = nn.ModuleList((Spade(c_in, labels, hidden), spectral_norm(nn.Conv2d(c_in, c_out, 1,
+                                                                                              bias=False))))
+
+    def forward(self, x, Y):
+        y = x
+        for norm, conv in zip(self.norms, self.convs):
+            y = conv(F.leaky_relu(norm(y, Y), 0.2))
+        if self.beside:
+            norm, conv = self.beside
+            x = conv(norm(x, Y))
+        return x + y
+
+
+class Generator(nn.Module):
+    """G: one-hot label maps (B, N, H, W) → images (B, 3, H, W) in [0, 1], from a 64th of the size upwards."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        widths = [k * width for k in (16, 16, 16, 16, 8, 4, 2, 1)]
+        self.first = nn.Conv2d(num_classes, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(SpadeBlock(a, b, num_classes, 2 * width) for a, b in zip(widths, widths[1:]))
+        self.last = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, Y):
+        x = Y
+        for k, block in zip((64, 32, 16, 8, 4, 2, 1), self.blocks):
+            x = F.interpolate(x, [-(-n // k) for n in Y.shape[-2:]])      # nearest; any H and W
+            x = block(self.first(x) if k == 64 else x, Y)
+        return (single(self.last(F.leaky_relu(x, 0.2))).tanh() + 1) / 2
+
+
+class PatchDiscriminator(nn.Module):
+    """D at two scales: label maps and images (B, N + 3, H, W) → [[4 feature maps, score a patch (B, 1, h, w)], …]."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.scales = nn.ModuleList(self.one_scale(channels, width) for _ in range(2))
+
+    @staticmethod
+    def one_scale(channels, width):
+        layers = [nn.Sequential(nn.Conv2d(channels, width, 4, 2, 2), nn.LeakyReLU(0.2))]
+        for k, stride in ((1, 2), (2, 2), (4, 1)):
+            conv = spectral_norm(nn.Conv2d(k * width, 2 * k * width, 4, stride, 2, bias=False))
+            layers.append(nn.Sequential(conv, nn.InstanceNorm2d(2 * k * width), nn.LeakyReLU(0.2)))
+        return nn.ModuleList([*layers, nn.Conv2d(8 * width, 1, 4, 1, 2)])
+
+    def forward(self, x):
+        found = []
+        for layers in self.scales:
+            found.append([])
+            y = x
+            for layer in layers:
+                y = layer(y)
+                found[-1].append(single(y))
+            x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+        return found
+
+
+class Synthesizer(nn.Module):
+    """G and D of a frozen segmenter (finetune.py --synthesis); forward is G.
+
+    `outputs` is what the loop of pretrain.py calls. One backward pass and one Adam train both: G's loss sees D through
+    detached parameters, and D's loss sees the synthesis detached."""
+
+    arch = "spade"
+
+    def __init__(self, backbone, num_classes, width):
+        super().__init__()
+        self.backbone_name, self.num_classes, self.width = backbone, num_classes, width   # backbone: the segmenter's
+        self.generator = Generator(num_classes, width)
+        self.discriminator = PatchDiscriminator(num_classes + 3, width)
+
+    def forward(self, Y):
+        return self.generator(Y)
+
+    def outputs(self, pair):
+        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D(X), D(G(Y)) as D's loss sees them; judged:
+        D(G(Y)) as G's does)."""
+        Y, X = pair
+        image = self.generator(Y)
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        judged = torch.func.functional_call(self.discriminator, frozen, (torch.cat([Y, image], 1),))
+        return dict(image=image, judged=judged, real=self.discriminator(torch.cat([Y, X], 1)),
+                    fake=self.discriminator(torch.cat([Y, image.detach()], 1)))
+
+
+def single(x):
+    """float32 where autocast has made bfloat16: losses are not sums of rounded terms."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def one_hot(Z, N):
+    """Label maps (B, H, W) → (B, N, H, W) float, 0 in every channel where Z is no class."""
+    return (Z[:, None] == torch.arange(N, device=Z.device).view(-1, 1, 1)).float()
