@@ -28,7 +28,8 @@ the CAOS code does, from which the baselines of Table II come). Metrics beyond t
 SegmentMeIfYouCan counts them (--components), and open-set mIoU, DenseHybrid's (--open); both need thresholds, which are
 set from all images, and so a second pass over them.
 
-Sections: scores · metrics · protocol · evaluation · results · figures · photographs · main
+Sections: scores · metrics · protocol · evaluation · results · figures · photographs · scores of the related systems ·
+main
 """
 import argparse
 import contextlib
@@ -185,7 +186,7 @@ def parse():
 
 # ──────────────────────────────────────────────── scores ────────────────────────────────────────────────
 
-# Anomaly scores (B, H, W), float32, higher = more anomalous; those of SCORES are pure functions of logits
+# Anomaly scores (B, H, W), float32, higher = more anomalous; those of PLAIN are pure functions of logits
 # (B, N, H, W). The logarithm of a mean softmax (dropout, ensemble, CRF) serves as logits of msp and entropy.
 
 def score_msp(logits):
@@ -215,20 +216,6 @@ def score_energy(logits):
 
 
 PLAIN = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
-
-
-def score_outlier(name, seen):
-    """Scores of the outlier logit d: P(outlier) = σ(d), of an ensemble the mean. Each from logarithms, never from a
-    probability: that is 0 or 1 in float32 where d is beyond ±104 or 17, and ties.
-
-    outlier      log σ(d) (noisy negatives, Bevandić et al., GCPR 2019)
-    outlier_msp  log(1 − P(inlier) · max_i S_i) = log(σ(d) + σ(−d) (1 − max_i S_i))
-    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022)"""
-    d = torch.stack([o["outlier"].float() for o in seen["each"]])                 # (models, B, H, W)
-    log_outlier, log_inlier = (nn.functional.logsigmoid(v).logsumexp(0) - math.log(len(d)) for v in (d, -d))
-    if name == "outlier_msp":
-        return torch.logaddexp(log_outlier, log_inlier + score_msp(seen["mixture"]))
-    return log_outlier + score_energy(seen["logits"]) if name == "hybrid" else log_outlier
 
 
 def mean_softmax(logits):
@@ -286,262 +273,6 @@ def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, r
     return log_Q
 
 
-# Mask networks. What one said of an image: p (B, Q, N + 1), the last class ∅; m (B, Q, H, W), the probability of a
-# pixel to belong to the mask of query q. s_q = max_c p_q(c), ∅ too; c_q = arg max.
-
-def masks_of(output, size):
-    """(p, m) of the f.outputs(X) of a mask network, m at the size of the image. InputError for another network."""
-    if "sets" not in output:
-        raise common.InputError("--score maskomaly, --refine: expected checkpoints of --arch mask2former")
-    classes, masks = output["sets"][-1]
-    return classes.softmax(2), common.upsample(masks, size).sigmoid()
-
-
-def strongest(weight, m):
-    """max_q weight_q m_q: (B, Q), (B, Q, H, W) → (B, H, W); 0 where no query has a weight."""
-    return (weight[..., None, None] * m).amax(1)
-
-
-def refine(score, p, m, classes):
-    """Mask2Anomaly's refinement (Rai et al., ICCV 2023, Sec. 3.4) of −max_c log p̂_c (B, H, W), the order of a · R with
-    a = 1 − max p̂: 0 where a query of these classes with s_q > 0.95 has s_q m_q ≥ 1/2, if at least two are so sure."""
-    s, c = p.max(2)
-    sure = (s > 0.95) & torch.isin(c, torch.tensor(classes, device=c.device))                # (B, Q)
-    inside = (strongest(s * sure, m) >= 0.5) & (sure.sum(1) >= 2).view(-1, 1, 1)
-    return torch.where(inside, 0.0, score)
-
-
-def score_maskomaly(p, m, anomaly=(), ground=(), lam=0.6, border=0.0):
-    """Maskomaly (Ackermann et al., BMVC 2023): λ · A_rej + (1 − λ) · A_anom, (B, H, W) in [0, 1].
-
-    A_rej = 1 − max {s_q m_q: c_q ≠ ∅, s_q > 0.7}; 0 where two masks of classes exceed `border`; at most what the
-    `ground` queries leave. A_anom = max s_q m_q of the `anomaly` queries, which mostly have class ∅. Without any: A_rej
-    alone. ASSUMPTION: the border is off unless asked for: it zeroes small anomalies at the edge of two masks."""
-    s, c = p.max(2)
-    of_class = c < p.shape[2] - 1
-    rejected = 1 - strongest(s * (of_class & (s > 0.7)), m)
-    if border:
-        two = ((m > border) & of_class[..., None, None]).sum(1) >= 2
-        rejected = torch.where(two, 0.0, rejected)
-    if len(ground):
-        rejected = torch.minimum(rejected, 1 - strongest(s[:, ground], m[:, ground]))
-    if not len(anomaly):
-        return rejected
-    return lam * rejected + (1 - lam) * strongest(s[:, anomaly], m[:, anomaly])
-
-
-def labelled_anomalies(place, ckpt):
-    """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
-    the anomaly, or of a split of the checkpoint's data."""
-    if place in common.SPLITS:
-        checkpoint = common.load_checkpoint(ckpt)[1]
-        scenes = common.Scenes(checkpoint["data"], common.data_root(None, checkpoint), place, checkpoint["anomaly"])
-        for item in (scenes[i] for i in range(len(scenes))):
-            yield item["image"], item["label"], item["label"] == common.ANOMALY
-    else:
-        for name in common.load_json(Path(place) / "manifest.json")["samples"]:
-            sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
-                      if k in ("image", "label", "unknown")}
-            yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]
-
-
-def rank_queries(f, items, device, ground=None):
-    """(anomaly queries, ground queries): the four and the two with the largest mean IoU of {m_q > 0.9} with the anomaly
-    and with class `ground` (None: no ground query), over the images that hold it. `items`: of labelled_anomalies()."""
-    found = dict(anomaly=[], ground=[])
-    for image, Z, anomalous in items:
-        X = common.to_input(image[None], device)
-        mine = masks_of(f.outputs(X), X.shape[-2:])[1][0].cpu() > 0.9                        # (Q, H, W)
-        valid = (Z != common.IGNORED) | anomalous
-        for name, mask in (("anomaly", anomalous), ("ground", torch.zeros_like(anomalous) if ground is None
-                                                    else Z == ground)):
-            if mask.any():
-                found[name].append((mine & mask).sum((1, 2)) / ((mine | mask) & valid).sum((1, 2)))
-    best = lambda ious, n: torch.stack(ious).mean(0).topk(min(n, len(ious[0]))).indices.tolist() if ious else []
-    return best(found["anomaly"], 4), best(found["ground"], 2)
-
-
-def make_mask_score(name, fs, args, device):
-    """score(X, seen, index) of --score maskomaly and of maxlogit with --refine."""
-    each = lambda X, seen: [masks_of(o, X.shape[-2:]) for o in seen["each"]]
-    if name == "maxlogit":
-        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
-        classes = common.class_indices(args.refine, of, "--refine")
-        return lambda X, seen, index: torch.stack([refine(score_maxlogit(o["logits"]), *pm, classes)
-                                                   for o, pm in zip(seen["each"], each(X, seen))]).mean(0)
-    queries = [((), ())] * len(fs)
-    if args.queries_from:
-        if args.queries_from == args.split:
-            raise common.InputError(f"--queries-from {args.split}: the queries would be chosen on the images that are "
-                                    "evaluated; expected others")
-        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
-        ground = common.class_indices([args.ground], of, "--ground")[0] if args.ground else None
-        queries = [rank_queries(f, labelled_anomalies(args.queries_from, args.ckpt[0]), device, ground) for f in fs]
-        for anomaly, of_ground in queries:
-            if not anomaly:
-                raise common.InputError(f"{args.queries_from}: no anomalous pixel; expected images that hold some")
-            common.say(f"maskomaly: anomaly queries {anomaly}, ground queries {of_ground}, of {args.queries_from}")
-    return lambda X, seen, index: torch.stack([score_maskomaly(*pm, *q, args.lam, args.border)
-                                               for pm, q in zip(each(X, seen), queries)]).mean(0)
-
-
-def score_synthcp(log_S, a, b, threshold=0.999):
-    """SynthCP's comparison (Xia et al., ECCV 2020; public code): −max S where it exceeds the threshold, and elsewhere
-    −cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W)."""
-    top = log_S.amax(1).exp()
-    alike = common.upsample(nn.functional.cosine_similarity(a, b, dim=1)[:, None], top.shape[-2:]).squeeze(1)
-    return -torch.where(top > threshold, top, alike)
-
-
-def make_synthcp(name, fs, args, device):
-    """score(X, seen, index) of --score synthcp: x̂ = G(arg max f(X)), compared with X in the activated embedding.
-
-    InputError for a generator that was made for another checkpoint.
-    ASSUMPTION: the embedding, where the public code has PSPNet's pooled maps, at one scale in place of five."""
-    if not args.generator:
-        raise common.InputError("--score synthcp needs --generator: a checkpoint of finetune.py --synthesis")
-    G, generator = common.load_checkpoint(args.generator, companion="synthesis")
-    for path in (*args.ckpt, *args.baseline):
-        if common.fingerprint(path) != generator["companion_of"]:
-            raise common.InputError(f"{args.generator}: made for another checkpoint ({generator['companion_of']}) than "
-                                    f"{path} ({common.fingerprint(path)}); run finetune.py --synthesis --ckpt {path}")
-    f, G = fs[0], G.to(device).requires_grad_(False)
-
-    def score(X, seen, index):
-        image = G(common.one_hot(seen["logits"].argmax(1), f.num_classes))
-        a, b = (f.activation(e) for e in (seen["each"][0]["embedding"], f.embed(image)))
-        return score_synthcp(seen["log_S"], a, b, args.synthcp_threshold)
-    return score
-
-
-# Scores of the embedding: the mean over the models of a map (B, h, w), brought to full size bilinearly.
-
-def full_size(maps, X):
-    """The mean (B, H, W) of a map (B, h, w) of every model, at the size of X."""
-    return torch.stack([common.upsample(m[:, None], X.shape[-2:])[:, 0] for m in maps]).mean(0)
-
-
-def training_scenes(f, train_root):
-    """The training split of the data that f was trained on, whole images."""
-    _, checkpoint = f.origin
-    root = common.data_root(train_root, checkpoint, "--train-root")
-    return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
-
-
-def make_cosine(name, fs, args, device):
-    """PAnS (Fontanel et al., CVPR Workshops 2021): (1 − max_i cos(x, w_i)) / 2 in [0, 1].
-
-    As published the maximum is taken on the map of the embedding and then upsampled: not the order of maxlogit, whose
-    logits are upsampled first. Raises InputError for a model with another classifier."""
-    for f in fs:
-        if not isinstance(f.classifier, common.CosineClassifier):
-            raise common.InputError(f"{f.origin[0]}: --score cosine expects a checkpoint of pretrain.py --classifier "
-                                    "cosine or finetune.py --prototypes")
-
-    def cosine(X, seen, index):
-        maps = []
-        for f, outputs in zip(fs, seen["each"]):
-            z = f.classifier(f.activation(outputs["embedding"]))        # s · cos, (B, N, h, w)
-            maps.append((1 - z.max(1).values / f.classifier.scale) / 2)
-        return full_size(maps, X)
-    return cosine
-
-
-def knn_distance(queries, references, k=3, chunk=1024, skip=0):
-    """Mean Euclidean distance (Q,) of queries (Q, C) to the k nearest of references (R, C), or to the next k after
-    `skip`. Memory: chunk · R distances at once."""
-    found = []
-    for part in queries.split(chunk):
-        nearest = torch.cdist(part, references).topk(k + skip, largest=False).indices            # (chunk, k + skip)
-        # cdist has |a|² + |b|² − 2ab, whose rounding is large for near vectors: those few again, as differences
-        exact = (part[:, None] - references[nearest]).norm(dim=2)
-        found.append(exact.sort(1).values[:, skip:].mean(1))
-    return torch.cat(found)
-
-
-@functools.cache
-@torch.no_grad()
-def knn_references(f, train_root, images, vectors, k, chunk, seed, device):
-    """What knn and cknn compare with, from f's training images, the same on every rank: dict(vectors (R, C) float32,
-    energy: its (lowest, highest) over all their pixels, farthest: the largest distance among the vectors themselves).
-
-    As published: `images` at random, whole; `vectors` at random among the cells with a known class; the distance of a
-    vector of at most 30000 to its k nearest among the others.
-    ASSUMPTION: the embedding before its activation (published: keys of a transformer); as many vectors from each image;
-    the 30000 are references (published: of their own)."""
-    scenes = training_scenes(f, train_root)
-    chosen = np.random.default_rng(seed).permutation(len(scenes))[:images].tolist()
-    share, kept, low, high = max(1, vectors // len(chosen)), [], math.inf, -math.inf
-    with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
-        items = common.ahead(readers, scenes.__getitem__, chosen, count=16)
-        for item in common.progress(items, "kNN references", total=len(chosen), leave=False):
-            seen = f.outputs(common.to_input(item["image"][None], device))
-            E = seen["embedding"][0].float()                                                     # (C, h, w)
-            cells = np.flatnonzero(common.labels_at(item["label"], E.shape[1:]) < f.num_classes)
-            cells = np.random.default_rng([seed, item["index"]]).permutation(cells)[:share]
-            kept.append(E.flatten(1)[:, torch.from_numpy(cells).to(device)].T)
-            energy = score_energy(seen["logits"])
-            low, high = min(low, float(energy.min())), max(high, float(energy.max()))
-    references = torch.cat(kept).contiguous()
-    if len(references) <= k:
-        raise common.InputError(f"{len(references)} labelled vectors in {len(chosen)} images of {scenes.root}: too few "
-                                f"for {k} neighbours; expected more --knn-images and --knn-vectors")
-    some = references[torch.from_numpy(np.random.default_rng(seed).permutation(len(references))[:30_000]).to(device)]
-    farthest = float(knn_distance(some, some, k, chunk, skip=1).max())                           # itself left out
-    return dict(vectors=references, energy=(low, high), farthest=farthest)
-
-
-def make_knn(name, fs, args, device):
-    """Dense kNN (Galesso et al., "Far away in the deep space: dense nearest-neighbor-based out-of-distribution
-    detection", ICCV Workshops 2023), DNP: the distance d of a cell of the embedding to its k nearest references; "cknn"
-    is cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max."""
-    known = [knn_references(f, args.train_root, args.knn_images, args.knn_vectors, args.knn_k, args.knn_chunk,
-                            args.seed, device) for f in fs]
-
-    def distances(seen):
-        """A map (B, h, w) of each model; made once for an image, for knn and cknn."""
-        if "distances" not in seen:
-            seen["distances"] = []
-            for outputs, r in zip(seen["each"], known):
-                E = outputs["embedding"].float().movedim(1, -1)                                  # (B, h, w, C)
-                d = knn_distance(E.flatten(0, 2), r["vectors"], args.knn_k, args.knn_chunk)
-                seen["distances"].append(d.view(E.shape[:3]))
-        return seen["distances"]
-
-    def knn(X, seen, index):
-        return full_size(distances(seen), X)
-
-    def cknn(X, seen, index):
-        score = full_size([d / r["farthest"] for d, r in zip(distances(seen), known)], X)
-        for outputs, r in zip(seen["each"], known):
-            low, high = r["energy"]
-            score = score + (score_energy(outputs["logits"]) - low) / (high - low) / len(known)
-        return score
-    return cknn if name == "cknn" else knn
-
-
-def make_dicnet(name, fs, args, device):
-    """DiCNet (Zhou et al., "Anomaly discovery in semantic segmentation via distillation comparison networks", 2021):
-    mean_c (T − S)² of the teacher's embedding T and the student's S. Raises InputError for a student of another f."""
-    student, checkpoint = common.load_checkpoint(args.student, companion="distill")
-    for f in fs:
-        path, _ = f.origin
-        if checkpoint["companion_of"] != common.fingerprint(path):
-            raise common.InputError(f"{args.student}: a student of another teacher ({checkpoint['companion_of']}) than "
-                                    f"{path} ({common.fingerprint(path)}); expected one of finetune.py --distill "
-                                    f"--ckpt {path}")
-    student = student.to(device).requires_grad_(False)
-
-    def dicnet(X, seen, index):
-        S = student.embed(X).float()
-        maps = []
-        for outputs in seen["each"]:
-            T = outputs["embedding"].float()
-            maps.append(((T - common.upsample(S, T.shape[-2:]))**2).mean(1))                     # (B, h, w)
-        return full_size(maps, X)
-    return dicnet
-
-
 # A score is a function score(X, seen, index) → (B, H, W). Whatever it needs beside an image is made once, by its entry
 # of SCORES: make(name, fs, args, device) → score. fs: the model [f], or an ensemble [f, …]; X (B, 3, H, W); seen: what
 # forward() says of it; index: of the image in its split, from which random numbers are drawn. It is a pure function of
@@ -568,19 +299,6 @@ def make_crf(name, fs, args, device):
     return lambda X, seen, index: score_msp(crf_logits(seen["log_S"], args.crf_iterations))
 
 
-def make_outlier(name, fs, args, device):
-    """A score of the outlier head. Raises InputError for a model without one."""
-    if any(f.outlier is None for f in fs):
-        raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
-                                "finetune.py --gamma, or of a --method with one")
-    return lambda X, seen, index: score_outlier(name, seen)
-
-
-SCORES = {**dict.fromkeys(PLAIN, make_plain), "dropout": make_dropout, "crf": make_crf, "cosine": make_cosine,
-          "knn": make_knn, "cknn": make_knn, "dicnet": make_dicnet, "maskomaly": make_mask_score,
-          "synthcp": make_synthcp, **dict.fromkeys(("outlier", "outlier_msp", "hybrid"), make_outlier)}
-
-
 def prepare_scores(fs, names, args, device):
     """{name: score(X, seen, index) → (B, H, W)} of a model or ensemble."""
     return {name: SCORES[name](name, fs, args, device) for name in names}
@@ -601,76 +319,6 @@ def anomaly_scores(fs, X, index, scores):
     """({score name: float32 (B, H, W)}, log-softmax (B, N, H, W)) of image `index`; scores: of prepare_scores()."""
     seen = forward(fs, X)
     return {name: score(X, seen, index) for name, score in scores.items()}, seen["log_S"]
-
-
-# Samples of the weights
-
-def sample_tensor(mean, var, generator, D=10):
-    """A draw w̃ of the weights of a layer, float32 of the shape of mean and var: TRADI's
-
-        w̃ = μ + √v · √(2/D) Σ_d cos(θ_d μ + b_d) ξ_d,    θ, ξ ~ N(0, 1), b ~ U(0, 2π),    all of size D
-
-    random Fourier features of Cov(w̃_i, w̃_j) = √(v_i v_j) exp(−(μ_i − μ_j)²/2). They need one phase b_d for all
-    weights of the layer: with one for each weight, as the public code draws them, the covariance is diagonal."""
-    theta, xi = torch.randn(2, D, generator=generator).to(mean)
-    b = 2 * math.pi * torch.rand(D, generator=generator).to(mean)
-    field = torch.zeros_like(mean)
-    for d in range(D):
-        field += torch.cos(theta[d] * mean + b[d]) * xi[d]
-    return mean + var.clamp(min=0).sqrt() * math.sqrt(2 / D) * field
-
-
-def tradi_samples(path, checkpoint, args, device):
-    """[f, …]: args.tradi draws of the weights that pretrain.py --tradi tracked, with batch norm of their own."""
-    if "tradi" not in checkpoint:
-        raise common.InputError(f"{path}: no tracked weights; expected a checkpoint of pretrain.py --tradi")
-    tracked, fs = checkpoint["tradi"], []
-    for n in range(args.tradi):
-        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + n) % 2**63)
-        drawn = {name: sample_tensor(mean, tracked["var"][name], generator) for name, mean in tracked["mean"].items()}
-        f = common.build(checkpoint)
-        f.load_state_dict({**checkpoint["model"], **drawn})
-        f.origin = path, checkpoint
-        fs.append(f.to(device, memory_format=torch.channels_last).requires_grad_(False).eval())
-    common.say(f"{path}: {args.tradi} samples of the weights; the tracked mean holds up to "
-               f"{100 * tracked['first']:.0f} % of their first values")
-    scenes = training_scenes(fs[0], args.train_root)
-    chosen = np.random.default_rng(args.seed).permutation(len(scenes))[:args.bn_images]
-    estimate_batch_norm(fs, scenes, chosen, device)
-    return fs
-
-
-@torch.no_grad()
-def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
-    """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images.
-
-    ASSUMPTION: whole images, as f sees them in the test; of a batch of several sizes, what the smallest covers."""
-    norms = [m for f in fs for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.reset_running_stats()
-        m.train()
-        m.momentum = None                                               # the cumulative average
-    for part in common.progress(np.array_split(chosen, -(-len(chosen) // batch)), "batch norm", leave=False):
-        images = [scenes[int(i)]["image"] for i in part]
-        h, w = (min(image.shape[axis] for image in images) for axis in (1, 2))
-        X = common.to_input(torch.stack([image[:, :h, :w] for image in images]), device)
-        for f in fs:
-            f(X)
-    for m in norms:
-        m.eval()
-
-
-def systems_protocol(args):
-    """What results.json says of the systems above, where one is used."""
-    told = {}
-    if {"knn", "cknn"} & set(args.score):
-        told["knn"] = dict(k=args.knn_k, images=args.knn_images, vectors=args.knn_vectors, seed=args.seed,
-                           layer="embedding before its activation", upsampling="bilinear")
-    if "dicnet" in args.score:
-        told["student"] = common.fingerprint(args.student)
-    if args.tradi:
-        told["tradi"] = dict(samples=args.tradi, bn_images=args.bn_images, seed=args.seed)
-    return told
 
 
 def over_views(X, views, maps):
@@ -1743,6 +1391,363 @@ def photographs(models, classes, args, device, out):
     if failed:
         raise common.InputError(f"{len(failed)} of {done + len(failed)} files were not done:\n    "
                                 + "\n    ".join(failed.values()))
+
+
+# ──────────────────────────────────── scores of the related systems ────────────────────────────────────
+
+# The outlier head: DenseHybrid, noisy negatives
+
+def score_outlier(name, seen):
+    """Scores of the outlier logit d: P(outlier) = σ(d), of an ensemble the mean. Each from logarithms, never from a
+    probability: that is 0 or 1 in float32 where d is beyond ±104 or 17, and ties.
+
+    outlier      log σ(d) (noisy negatives, Bevandić et al., GCPR 2019)
+    outlier_msp  log(1 − P(inlier) · max_i S_i) = log(σ(d) + σ(−d) (1 − max_i S_i))
+    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022)"""
+    d = torch.stack([o["outlier"].float() for o in seen["each"]])                 # (models, B, H, W)
+    log_outlier, log_inlier = (nn.functional.logsigmoid(v).logsumexp(0) - math.log(len(d)) for v in (d, -d))
+    if name == "outlier_msp":
+        return torch.logaddexp(log_outlier, log_inlier + score_msp(seen["mixture"]))
+    return log_outlier + score_energy(seen["logits"]) if name == "hybrid" else log_outlier
+
+
+def make_outlier(name, fs, args, device):
+    """A score of the outlier head. Raises InputError for a model without one."""
+    if any(f.outlier is None for f in fs):
+        raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
+                                "finetune.py --gamma, or of a --method with one")
+    return lambda X, seen, index: score_outlier(name, seen)
+
+
+# Mask networks. What one said of an image: p (B, Q, N + 1), the last class ∅; m (B, Q, H, W), the probability of a
+# pixel to belong to the mask of query q. s_q = max_c p_q(c), ∅ too; c_q = arg max.
+
+def masks_of(output, size):
+    """(p, m) of the f.outputs(X) of a mask network, m at the size of the image. InputError for another network."""
+    if "sets" not in output:
+        raise common.InputError("--score maskomaly, --refine: expected checkpoints of --arch mask2former")
+    classes, masks = output["sets"][-1]
+    return classes.softmax(2), common.upsample(masks, size).sigmoid()
+
+
+def strongest(weight, m):
+    """max_q weight_q m_q: (B, Q), (B, Q, H, W) → (B, H, W); 0 where no query has a weight."""
+    return (weight[..., None, None] * m).amax(1)
+
+
+def refine(score, p, m, classes):
+    """Mask2Anomaly's refinement (Rai et al., ICCV 2023, Sec. 3.4) of −max_c log p̂_c (B, H, W), the order of a · R with
+    a = 1 − max p̂: 0 where a query of these classes with s_q > 0.95 has s_q m_q ≥ 1/2, if at least two are so sure."""
+    s, c = p.max(2)
+    sure = (s > 0.95) & torch.isin(c, torch.tensor(classes, device=c.device))                # (B, Q)
+    inside = (strongest(s * sure, m) >= 0.5) & (sure.sum(1) >= 2).view(-1, 1, 1)
+    return torch.where(inside, 0.0, score)
+
+
+def score_maskomaly(p, m, anomaly=(), ground=(), lam=0.6, border=0.0):
+    """Maskomaly (Ackermann et al., BMVC 2023): λ · A_rej + (1 − λ) · A_anom, (B, H, W) in [0, 1].
+
+    A_rej = 1 − max {s_q m_q: c_q ≠ ∅, s_q > 0.7}; 0 where two masks of classes exceed `border`; at most what the
+    `ground` queries leave. A_anom = max s_q m_q of the `anomaly` queries, which mostly have class ∅. Without any: A_rej
+    alone. ASSUMPTION: the border is off unless asked for: it zeroes small anomalies at the edge of two masks."""
+    s, c = p.max(2)
+    of_class = c < p.shape[2] - 1
+    rejected = 1 - strongest(s * (of_class & (s > 0.7)), m)
+    if border:
+        two = ((m > border) & of_class[..., None, None]).sum(1) >= 2
+        rejected = torch.where(two, 0.0, rejected)
+    if len(ground):
+        rejected = torch.minimum(rejected, 1 - strongest(s[:, ground], m[:, ground]))
+    if not len(anomaly):
+        return rejected
+    return lam * rejected + (1 - lam) * strongest(s[:, anomaly], m[:, anomaly])
+
+
+def labelled_anomalies(place, ckpt):
+    """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
+    the anomaly, or of a split of the checkpoint's data."""
+    if place in common.SPLITS:
+        checkpoint = common.load_checkpoint(ckpt)[1]
+        scenes = common.Scenes(checkpoint["data"], common.data_root(None, checkpoint), place, checkpoint["anomaly"])
+        for item in (scenes[i] for i in range(len(scenes))):
+            yield item["image"], item["label"], item["label"] == common.ANOMALY
+    else:
+        for name in common.load_json(Path(place) / "manifest.json")["samples"]:
+            sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
+                      if k in ("image", "label", "unknown")}
+            yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]
+
+
+def rank_queries(f, items, device, ground=None):
+    """(anomaly queries, ground queries): the four and the two with the largest mean IoU of {m_q > 0.9} with the anomaly
+    and with class `ground` (None: no ground query), over the images that hold it. `items`: of labelled_anomalies()."""
+    found = dict(anomaly=[], ground=[])
+    for image, Z, anomalous in items:
+        X = common.to_input(image[None], device)
+        mine = masks_of(f.outputs(X), X.shape[-2:])[1][0].cpu() > 0.9                        # (Q, H, W)
+        valid = (Z != common.IGNORED) | anomalous
+        for name, mask in (("anomaly", anomalous), ("ground", torch.zeros_like(anomalous) if ground is None
+                                                    else Z == ground)):
+            if mask.any():
+                found[name].append((mine & mask).sum((1, 2)) / ((mine | mask) & valid).sum((1, 2)))
+    best = lambda ious, n: torch.stack(ious).mean(0).topk(min(n, len(ious[0]))).indices.tolist() if ious else []
+    return best(found["anomaly"], 4), best(found["ground"], 2)
+
+
+def make_mask_score(name, fs, args, device):
+    """score(X, seen, index) of --score maskomaly and of maxlogit with --refine."""
+    each = lambda X, seen: [masks_of(o, X.shape[-2:]) for o in seen["each"]]
+    if name == "maxlogit":
+        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
+        classes = common.class_indices(args.refine, of, "--refine")
+        return lambda X, seen, index: torch.stack([refine(score_maxlogit(o["logits"]), *pm, classes)
+                                                   for o, pm in zip(seen["each"], each(X, seen))]).mean(0)
+    queries = [((), ())] * len(fs)
+    if args.queries_from:
+        if args.queries_from == args.split:
+            raise common.InputError(f"--queries-from {args.split}: the queries would be chosen on the images that are "
+                                    "evaluated; expected others")
+        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
+        ground = common.class_indices([args.ground], of, "--ground")[0] if args.ground else None
+        queries = [rank_queries(f, labelled_anomalies(args.queries_from, args.ckpt[0]), device, ground) for f in fs]
+        for anomaly, of_ground in queries:
+            if not anomaly:
+                raise common.InputError(f"{args.queries_from}: no anomalous pixel; expected images that hold some")
+            common.say(f"maskomaly: anomaly queries {anomaly}, ground queries {of_ground}, of {args.queries_from}")
+    return lambda X, seen, index: torch.stack([score_maskomaly(*pm, *q, args.lam, args.border)
+                                               for pm, q in zip(each(X, seen), queries)]).mean(0)
+
+
+def score_synthcp(log_S, a, b, threshold=0.999):
+    """SynthCP's comparison (Xia et al., ECCV 2020; public code): −max S where it exceeds the threshold, and elsewhere
+    −cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W)."""
+    top = log_S.amax(1).exp()
+    alike = common.upsample(nn.functional.cosine_similarity(a, b, dim=1)[:, None], top.shape[-2:]).squeeze(1)
+    return -torch.where(top > threshold, top, alike)
+
+
+def make_synthcp(name, fs, args, device):
+    """score(X, seen, index) of --score synthcp: x̂ = G(arg max f(X)), compared with X in the activated embedding.
+
+    InputError for a generator that was made for another checkpoint.
+    ASSUMPTION: the embedding, where the public code has PSPNet's pooled maps, at one scale in place of five."""
+    if not args.generator:
+        raise common.InputError("--score synthcp needs --generator: a checkpoint of finetune.py --synthesis")
+    G, generator = common.load_checkpoint(args.generator, companion="synthesis")
+    for path in (*args.ckpt, *args.baseline):
+        if common.fingerprint(path) != generator["companion_of"]:
+            raise common.InputError(f"{args.generator}: made for another checkpoint ({generator['companion_of']}) than "
+                                    f"{path} ({common.fingerprint(path)}); run finetune.py --synthesis --ckpt {path}")
+    f, G = fs[0], G.to(device).requires_grad_(False)
+
+    def score(X, seen, index):
+        image = G(common.one_hot(seen["logits"].argmax(1), f.num_classes))
+        a, b = (f.activation(e) for e in (seen["each"][0]["embedding"], f.embed(image)))
+        return score_synthcp(seen["log_S"], a, b, args.synthcp_threshold)
+    return score
+
+
+# Scores of the embedding: the mean over the models of a map (B, h, w), brought to full size bilinearly.
+
+def full_size(maps, X):
+    """The mean (B, H, W) of a map (B, h, w) of every model, at the size of X."""
+    return torch.stack([common.upsample(m[:, None], X.shape[-2:])[:, 0] for m in maps]).mean(0)
+
+
+def training_scenes(f, train_root):
+    """The training split of the data that f was trained on, whole images."""
+    _, checkpoint = f.origin
+    root = common.data_root(train_root, checkpoint, "--train-root")
+    return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
+
+
+def make_cosine(name, fs, args, device):
+    """PAnS (Fontanel et al., CVPR Workshops 2021): (1 − max_i cos(x, w_i)) / 2 in [0, 1].
+
+    As published the maximum is taken on the map of the embedding and then upsampled: not the order of maxlogit, whose
+    logits are upsampled first. Raises InputError for a model with another classifier."""
+    for f in fs:
+        if not isinstance(f.classifier, common.CosineClassifier):
+            raise common.InputError(f"{f.origin[0]}: --score cosine expects a checkpoint of pretrain.py --classifier "
+                                    "cosine or finetune.py --prototypes")
+
+    def cosine(X, seen, index):
+        maps = []
+        for f, outputs in zip(fs, seen["each"]):
+            z = f.classifier(f.activation(outputs["embedding"]))        # s · cos, (B, N, h, w)
+            maps.append((1 - z.max(1).values / f.classifier.scale) / 2)
+        return full_size(maps, X)
+    return cosine
+
+
+def knn_distance(queries, references, k=3, chunk=1024, skip=0):
+    """Mean Euclidean distance (Q,) of queries (Q, C) to the k nearest of references (R, C), or to the next k after
+    `skip`. Memory: chunk · R distances at once."""
+    found = []
+    for part in queries.split(chunk):
+        nearest = torch.cdist(part, references).topk(k + skip, largest=False).indices            # (chunk, k + skip)
+        # cdist has |a|² + |b|² − 2ab, whose rounding is large for near vectors: those few again, as differences
+        exact = (part[:, None] - references[nearest]).norm(dim=2)
+        found.append(exact.sort(1).values[:, skip:].mean(1))
+    return torch.cat(found)
+
+
+@functools.cache
+@torch.no_grad()
+def knn_references(f, train_root, images, vectors, k, chunk, seed, device):
+    """What knn and cknn compare with, from f's training images, the same on every rank: dict(vectors (R, C) float32,
+    energy: its (lowest, highest) over all their pixels, farthest: the largest distance among the vectors themselves).
+
+    As published: `images` at random, whole; `vectors` at random among the cells with a known class; the distance of a
+    vector of at most 30000 to its k nearest among the others.
+    ASSUMPTION: the embedding before its activation (published: keys of a transformer); as many vectors from each image;
+    the 30000 are references (published: of their own)."""
+    scenes = training_scenes(f, train_root)
+    chosen = np.random.default_rng(seed).permutation(len(scenes))[:images].tolist()
+    share, kept, low, high = max(1, vectors // len(chosen)), [], math.inf, -math.inf
+    with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
+        items = common.ahead(readers, scenes.__getitem__, chosen, count=16)
+        for item in common.progress(items, "kNN references", total=len(chosen), leave=False):
+            seen = f.outputs(common.to_input(item["image"][None], device))
+            E = seen["embedding"][0].float()                                                     # (C, h, w)
+            cells = np.flatnonzero(common.labels_at(item["label"], E.shape[1:]) < f.num_classes)
+            cells = np.random.default_rng([seed, item["index"]]).permutation(cells)[:share]
+            kept.append(E.flatten(1)[:, torch.from_numpy(cells).to(device)].T)
+            energy = score_energy(seen["logits"])
+            low, high = min(low, float(energy.min())), max(high, float(energy.max()))
+    references = torch.cat(kept).contiguous()
+    if len(references) <= k:
+        raise common.InputError(f"{len(references)} labelled vectors in {len(chosen)} images of {scenes.root}: too few "
+                                f"for {k} neighbours; expected more --knn-images and --knn-vectors")
+    some = references[torch.from_numpy(np.random.default_rng(seed).permutation(len(references))[:30_000]).to(device)]
+    farthest = float(knn_distance(some, some, k, chunk, skip=1).max())                           # itself left out
+    return dict(vectors=references, energy=(low, high), farthest=farthest)
+
+
+def make_knn(name, fs, args, device):
+    """Dense kNN (Galesso et al., "Far away in the deep space: dense nearest-neighbor-based out-of-distribution
+    detection", ICCV Workshops 2023), DNP: the distance d of a cell of the embedding to its k nearest references; "cknn"
+    is cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max."""
+    known = [knn_references(f, args.train_root, args.knn_images, args.knn_vectors, args.knn_k, args.knn_chunk,
+                            args.seed, device) for f in fs]
+
+    def distances(seen):
+        """A map (B, h, w) of each model; made once for an image, for knn and cknn."""
+        if "distances" not in seen:
+            seen["distances"] = []
+            for outputs, r in zip(seen["each"], known):
+                E = outputs["embedding"].float().movedim(1, -1)                                  # (B, h, w, C)
+                d = knn_distance(E.flatten(0, 2), r["vectors"], args.knn_k, args.knn_chunk)
+                seen["distances"].append(d.view(E.shape[:3]))
+        return seen["distances"]
+
+    def knn(X, seen, index):
+        return full_size(distances(seen), X)
+
+    def cknn(X, seen, index):
+        score = full_size([d / r["farthest"] for d, r in zip(distances(seen), known)], X)
+        for outputs, r in zip(seen["each"], known):
+            low, high = r["energy"]
+            score = score + (score_energy(outputs["logits"]) - low) / (high - low) / len(known)
+        return score
+    return cknn if name == "cknn" else knn
+
+
+def make_dicnet(name, fs, args, device):
+    """DiCNet (Zhou et al., "Anomaly discovery in semantic segmentation via distillation comparison networks", 2021):
+    mean_c (T − S)² of the teacher's embedding T and the student's S. Raises InputError for a student of another f."""
+    student, checkpoint = common.load_checkpoint(args.student, companion="distill")
+    for f in fs:
+        path, _ = f.origin
+        if checkpoint["companion_of"] != common.fingerprint(path):
+            raise common.InputError(f"{args.student}: a student of another teacher ({checkpoint['companion_of']}) than "
+                                    f"{path} ({common.fingerprint(path)}); expected one of finetune.py --distill "
+                                    f"--ckpt {path}")
+    student = student.to(device).requires_grad_(False)
+
+    def dicnet(X, seen, index):
+        S = student.embed(X).float()
+        maps = []
+        for outputs in seen["each"]:
+            T = outputs["embedding"].float()
+            maps.append(((T - common.upsample(S, T.shape[-2:]))**2).mean(1))                     # (B, h, w)
+        return full_size(maps, X)
+    return dicnet
+
+
+# Samples of the weights
+
+def sample_tensor(mean, var, generator, D=10):
+    """A draw w̃ of the weights of a layer, float32 of the shape of mean and var: TRADI's
+
+        w̃ = μ + √v · √(2/D) Σ_d cos(θ_d μ + b_d) ξ_d,    θ, ξ ~ N(0, 1), b ~ U(0, 2π),    all of size D
+
+    random Fourier features of Cov(w̃_i, w̃_j) = √(v_i v_j) exp(−(μ_i − μ_j)²/2). They need one phase b_d for all
+    weights of the layer: with one for each weight, as the public code draws them, the covariance is diagonal."""
+    theta, xi = torch.randn(2, D, generator=generator).to(mean)
+    b = 2 * math.pi * torch.rand(D, generator=generator).to(mean)
+    field = torch.zeros_like(mean)
+    for d in range(D):
+        field += torch.cos(theta[d] * mean + b[d]) * xi[d]
+    return mean + var.clamp(min=0).sqrt() * math.sqrt(2 / D) * field
+
+
+def tradi_samples(path, checkpoint, args, device):
+    """[f, …]: args.tradi draws of the weights that pretrain.py --tradi tracked, with batch norm of their own."""
+    if "tradi" not in checkpoint:
+        raise common.InputError(f"{path}: no tracked weights; expected a checkpoint of pretrain.py --tradi")
+    tracked, fs = checkpoint["tradi"], []
+    for n in range(args.tradi):
+        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + n) % 2**63)
+        drawn = {name: sample_tensor(mean, tracked["var"][name], generator) for name, mean in tracked["mean"].items()}
+        f = common.build(checkpoint)
+        f.load_state_dict({**checkpoint["model"], **drawn})
+        f.origin = path, checkpoint
+        fs.append(f.to(device, memory_format=torch.channels_last).requires_grad_(False).eval())
+    common.say(f"{path}: {args.tradi} samples of the weights; the tracked mean holds up to "
+               f"{100 * tracked['first']:.0f} % of their first values")
+    scenes = training_scenes(fs[0], args.train_root)
+    chosen = np.random.default_rng(args.seed).permutation(len(scenes))[:args.bn_images]
+    estimate_batch_norm(fs, scenes, chosen, device)
+    return fs
+
+
+@torch.no_grad()
+def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
+    """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images.
+
+    ASSUMPTION: whole images, as f sees them in the test; of a batch of several sizes, what the smallest covers."""
+    norms = [m for f in fs for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
+        m.train()
+        m.momentum = None                                               # the cumulative average
+    for part in common.progress(np.array_split(chosen, -(-len(chosen) // batch)), "batch norm", leave=False):
+        images = [scenes[int(i)]["image"] for i in part]
+        h, w = (min(image.shape[axis] for image in images) for axis in (1, 2))
+        X = common.to_input(torch.stack([image[:, :h, :w] for image in images]), device)
+        for f in fs:
+            f(X)
+    for m in norms:
+        m.eval()
+
+
+def systems_protocol(args):
+    """What results.json says of the systems above, where one is used."""
+    told = {}
+    if {"knn", "cknn"} & set(args.score):
+        told["knn"] = dict(k=args.knn_k, images=args.knn_images, vectors=args.knn_vectors, seed=args.seed,
+                           layer="embedding before its activation", upsampling="bilinear")
+    if "dicnet" in args.score:
+        told["student"] = common.fingerprint(args.student)
+    if args.tradi:
+        told["tradi"] = dict(samples=args.tradi, bn_images=args.bn_images, seed=args.seed)
+    return told
+
+
+SCORES = {**dict.fromkeys(PLAIN, make_plain), "dropout": make_dropout, "crf": make_crf, "cosine": make_cosine,
+          "knn": make_knn, "cknn": make_knn, "dicnet": make_dicnet, "maskomaly": make_mask_score,
+          "synthcp": make_synthcp, **dict.fromkeys(("outlier", "outlier_msp", "hybrid"), make_outlier)}
 
 
 # ───────────────────────────────────────────────── main ─────────────────────────────────────────────────
