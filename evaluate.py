@@ -143,7 +143,7 @@ def parse():
                    "rejection (default: 0.6, as published)")
     g.add_argument("--border", type=common.real(0), default=0.0, help="--score maskomaly: rejection is 0 where two "
                    "masks exceed this, their common border (as published: 0.1; default: 0, off)")
-    g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis")
+    g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis (no default)")
     g.add_argument("--synthcp-threshold", type=common.real(0), default=0.999, help="--score synthcp: compare with the "
                    "synthesis where max S is not above this (default: 0.999, of the public code)")
     g = p.add_argument_group("figures")

@@ -103,7 +103,7 @@ def parse():
     g.add_argument("--synthesis", action="store_true", help="SynthCP: a generator of images from label maps, and its "
                    "discriminator, on the training split")
     g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
-                   "first one's (SynthCP: 64; toy, camvid: 8)")
+                   "first one's (ours: SynthCP's 64; toy, camvid: 8)")
     g = p.add_argument_group("objective (Eq. 5)")
     g.add_argument("--loss", choices=common.LOSSES,
                    help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "

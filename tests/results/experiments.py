@@ -5,7 +5,7 @@
     python tests/results/experiments.py choice --camvid /data/CamVid_240 --sets pasted=/data/pasted     # tests/paste.py
 
     in     a study: `choice` (sets on which recipes are chosen, never test images), `main` (test images), `quick` (the
-           README's four commands)
+           README's four commands), `systems` (the related ones, test images; --patches for those that paste)
     out    FOLDER/DATA/SEED/: what the scripts write, logs/NAME.txt of every command; STUDY.json here, without paths
 
 What has finished is not run again, so the same command continues. A command that fails does not stop those that do not
@@ -33,6 +33,7 @@ processes = multiprocessing.get_context("forkserver")
 # ───────────────────────────────────────────── the experiments ─────────────────────────────────────────────
 
 PER_CLASS = {"toy": 10, "camvid": 20}   # auxiliary images of each class; as the defaults
+PASTED_EPOCHS = {"toy": 5, "camvid": 15}   # of the training split: the steps of 10 epochs of the auxiliary set
 
 # name of a set: flags of mgu_generate.py beside --per-class. `default`: whatever the defaults are
 SETS = {"default": {}}
@@ -71,8 +72,54 @@ CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, change
     ("er0.5", "L_ER, α = 0.5", "plain5", {"loss": "er", "alpha": 0.5}),
     ("unknown-all", "D_s = all of I_ỹ", "plain5", {"unknown": "all"})))]
 
+# The related systems: (checkpoint to evaluate, the stages that make it, flags of evaluate.py, {score: (row, label)}). A
+# stage: (script, what it makes, flags); PATCHES and EPOCHS stand for --patches and for as many steps as the recipe has
+PASTE = {"patches": "PATCHES", "epochs": "EPOCHS"}
+SYSTEMS = [
+    ("pretrained.pt", [], {}, {
+        "msp": ("msp", "MSP"), "entropy": ("entropy", "entropy"), "maxlogit": ("maxlogit", "max logit"),
+        "energy": ("energy", "energy"), "knn": ("knn", "dense kNN"), "cknn": ("cknn", "dense kNN with energy")}),
+    ("recipe.pt", [("mgu_generate.py", "auxiliary", {}), ("finetune.py", "recipe.pt", {"aux": "auxiliary"})], {}, {
+        "msp": ("recipe", "**MGU + AaFt**, the recipe"), "entropy": ("recipe_entropy", "MGU + AaFt, entropy"),
+        "knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
+    ("clean.pt", [("mgu_generate.py", "auxiliary", {}),
+                  ("finetune.py", "clean.pt", {"aux": "auxiliary", "images": "clean"})], {}, {
+        "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
+    ("dh_mgu.pt", [("mgu_generate.py", "auxiliary", {}),
+                   ("finetune.py", "dh_mgu.pt", {"method": "densehybrid", "negatives": "mgu", "aux": "auxiliary"})],
+     {}, {
+        "hybrid": ("dh_mgu", "DenseHybrid on MGU's D_s")}),
+    ("dh_paste.pt", [("finetune.py", "dh_paste.pt", {"method": "densehybrid"} | PASTE)], {}, {
+        "hybrid": ("dh_paste", "DenseHybrid, pasted cut-outs"), "msp": ("dh_paste_msp", "the same, MSP")}),
+    ("dh_off.pt", [("finetune.py", "dh_off.pt", {"method": "densehybrid", "paste-control": "off"} | PASTE)], {}, {
+        "msp": ("dh_off", "control: pasted cut-outs without D_s, MSP")}),
+    ("dh_inlier.pt", [("finetune.py", "dh_inlier.pt", {"method": "densehybrid", "paste-control": "inlier"} | PASTE)],
+     {}, {
+        "hybrid": ("dh_inlier", "control: D_s = pieces of training images")}),
+    ("noisy.pt", [("finetune.py", "noisy.pt", {"method": "noisy"} | PASTE)], {}, {
+        "outlier": ("noisy", "noisy negatives, outlier head"), "outlier_msp": ("noisy_msp", "noisy negatives × MSP")}),
+    ("rnvp.pt", [("finetune.py", "rnvp.pt", {"method": "rnvp", "epochs": "EPOCHS"})], {}, {
+        "msp": ("rnvp", "Real NVP outliers, MSP"), "entropy": ("rnvp_entropy", "Real NVP outliers, entropy")}),
+    ("rnvp_no.pt", [("finetune.py", "rnvp_no.pt", {"method": "rnvp", "flow-border": "no", "epochs": "EPOCHS"})], {}, {
+        "msp": ("rnvp_no", "control: the loss does not reach the flow"),
+        "entropy": ("rnvp_no_entropy", "the same, entropy")}),
+    ("cosine.pt", [("pretrain.py", "cosine.pt", {"classifier": "cosine"})], {}, {
+        "cosine": ("pans", "PAnS"), "msp": ("pans_msp", "PAnS's network, MSP")}),
+    ("prototypes.pt", [("finetune.py", "prototypes.pt", {"prototypes": 5})], {}, {
+        "cosine": ("pgan", "PGAN (its abstract), 5 images a class")}),
+    ("tradi.pt", [("pretrain.py", "tradi.pt", {"tradi": (0.02, 0.02)})], {"tradi": 10}, {
+        "msp": ("tradi", "TRADI, 10 samples")}),
+    ("m2f.pt", [("pretrain.py", "m2f.pt", {"arch": "mask2former"})], {}, {
+        "msp": ("m2f_msp", "mask classification, MSP"), "maxlogit": ("m2f", "mask classification, max logit"),
+        "maskomaly": ("maskomaly", "Maskomaly, rejection alone")}),
+    ("margin.pt", [("mgu_generate.py", "auxiliary", {}),
+                   ("finetune.py", "margin.pt", {"aux": "auxiliary", "loss": "margin"})], {}, {
+        "maxlogit": ("margin", "Mask2Anomaly's loss on MGU's D_s, per-pixel head, max logit"),
+        "msp": ("margin_msp", "the same, MSP")}),
+]
 STUDIES = {"choice": CHOICE, "main": MAIN,
-           "quick": [MSP, ("recipe", "**the recipe**", "default", {})]}
+           "quick": [MSP, ("recipe", "**the recipe**", "default", {})],
+           "systems": [(*row, None, {}) for *_, scores in SYSTEMS for row in scores.values()]}
 
 
 def graph(study, args):
@@ -118,7 +165,27 @@ def graph(study, args):
         add(f"{data}/{seed}/pretrain", "pretrain.py",
             ["--data", data, "--root", roots[data], "--seed", seed, *training],
             runs / data / str(seed), ready[data], "pretrained.pt")
-    for row, label, aux, changes in STUDIES[study]:
+    for ckpt, stages, flags, scores in SYSTEMS if study == "systems" else ():
+        for data, seed in pairs:
+            folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
+            about, told = dict(data=data, seed=seed, test=f"systems_{data}", set=None), []
+            words = {"PATCHES": Path(args.patches or "patches").resolve(), "EPOCHS": PASTED_EPOCHS[data]}
+            for script, makes, changes in stages:
+                changed = as_flags({k: words.get(v, v) if isinstance(v, str) else v for k, v in changes.items()})
+                told += as_flags(changes)
+                source = ["--ckpt", "pretrained.pt"]
+                if script == "pretrain.py":
+                    source = ["--data", data, "--root", roots[data]]
+                whole = makes + "/manifest.json" * (script == "mgu_generate.py")
+                model = add(f"{data}/{seed}/systems_{makes}", script,
+                            [*source, *changed, "--seed", seed, "--out", makes,
+                             *(common if script == "mgu_generate.py" else training)], folder, [model], whole)
+            out = f"results_systems_{ckpt.removesuffix('.pt')}"
+            add(f"{data}/{seed}/{out}", "evaluate.py",
+                ["--ckpt", ckpt, "--root", roots[data], "--score", *scores, *as_flags(flags), "--panels", 0,
+                 "--out", out, *common, *reading], folder, [model], f"{out}/results.json",
+                dict(about, flags=" ".join(told), scores={s: row for s, (row, _) in scores.items()}))
+    for row, label, aux, changes in STUDIES[study] if study != "systems" else ():
         for data, seed in pairs:
             folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
             if aux:
@@ -140,8 +207,9 @@ def graph(study, args):
 
 
 def as_flags(settings):
-    """{"alpha": 0.3} → ["--alpha", "0.3"]."""
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    """{"alpha": 0.3} → ["--alpha", "0.3"]; a tuple is several values."""
+    return [text for name, value in settings.items()
+            for text in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))]
 
 
 # ──────────────────────────────────────────────── running ────────────────────────────────────────────────
@@ -259,8 +327,8 @@ def collect(study, nodes, out):
     their flags are still those of the study."""
     by_name = {n["name"]: n for n in nodes}
     found = json.loads(out.read_text()) if out.exists() else {}
-    stands = {(n["about"]["data"], n["about"]["test"], n["about"]["name"], n["about"]["flags"])
-              for n in nodes if n["final"]}
+    stands = {(n["about"]["data"], n["about"]["test"], name, n["about"]["flags"])
+              for n in nodes if n["final"] for name in names_of(n["about"]).values()}
     mgu = {(m["data"], m["seed"], m["set"]): m for m in found.get("mgu", [])}
     rows = {(r["data"], r["seed"], r["test"], r["name"]): r for r in found.get("rows", [])
             if (r["data"], r["test"], r["name"], r["flags"]) in stands or r["data"] not in {s[0] for s in stands}}
@@ -271,10 +339,16 @@ def collect(study, nodes, out):
         results, about = json.loads(node["makes"].read_text()), node["about"]
         made = results["protocol"]
         protocol[about["test"]] = {k: made[k] for k in ("images", "resolution", "base_rate", "unlabeled", "miou")}
-        row = dict(about, score=results["rows"][0]["score"], miou=results["miou"], device=device_of(results),
-                   date=time.strftime("%Y-%m-%d", time.gmtime(node["makes"].stat().st_mtime)))
-        row.update({g: results[g] and {k: results[g][k] for k in METRICS if k in results[g]}
-                    for g in ("pooled", "per_image")})
+        date = time.strftime("%Y-%m-%d", time.gmtime(node["makes"].stat().st_mtime))
+        of_score = dict(zip((r["score"] for r in results["rows"]), results["rows"]))
+        for score, name in names_of(about).items():
+            numbers = of_score[score or results["rows"][0]["score"]]
+            row = {k: about[k] for k in ("data", "seed", "test")} | dict(
+                name=name, set=about["set"], flags=about["flags"], score=numbers["score"], miou=numbers["miou"],
+                device=device_of(results), date=date)
+            row.update({g: numbers[g] and {k: numbers[g][k] for k in METRICS if k in numbers[g]}
+                        for g in ("pooled", "per_image")})
+            rows[about["data"], about["seed"], about["test"], name] = row
         if about["set"]:
             tuned = by_name[node["needs"][0]]
             row["settings"] = settings_of(tuned)
@@ -283,7 +357,6 @@ def collect(study, nodes, out):
             mgu[about["data"], about["seed"], about["set"]] = dict(
                 data=about["data"], seed=about["seed"], set=about["set"], settings=settings_of(made_by),
                 **{k: figures[k] for k in FIGURES})
-        rows[about["data"], about["seed"], about["test"], about["name"]] = row
     order = [name for name, *_ in STUDIES[study]]
     ordered = sorted(rows.values(), key=lambda r: (r["data"], r["test"], order.index(r["name"]), r["seed"]))
     one = lambda value: json.dumps(value, ensure_ascii=False)     # one line of the file each
@@ -294,6 +367,11 @@ def collect(study, nodes, out):
     out.with_suffix(".tmp").write_text(f"{{\n{text}\n}}\n")
     os.replace(out.with_suffix(".tmp"), out)
     print(f"wrote {out}: {len(ordered)} rows")
+
+
+def names_of(about):
+    """{score: row}; the score None is the first of a results.json."""
+    return about.get("scores") or {None: about["name"]}
 
 
 def device_of(results):
@@ -318,6 +396,7 @@ def parse(argv=None):
     p.add_argument("--sets", nargs="+", default=[], metavar="NAME=ROOT",
                    help="choice: data folders for CamVid's models "
                    "(default: pasted, flower pieces in its validation images)")
+    p.add_argument("--patches", metavar="FOLDER", help="systems: cut-outs of nothing that the tests hold")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time (default: one a core)")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a command (default: 1)")
