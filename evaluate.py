@@ -347,7 +347,7 @@ def over_views(X, views, maps):
 # Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
 #     aupr         step-wise average precision, as sklearn.metrics.average_precision_score
 #     auroc        area under the ROC curve, a tied positive/negative pair counting one half
-#     fpr95        FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
+#     fpr95        FPR95: FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
 #     fpr95_first  FPR at the highest threshold whose recall reaches 95 %: the textbook definition
 
 METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")

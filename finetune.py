@@ -9,13 +9,7 @@
                                 # L_KL and α = 0.3 on toy and camvid
     python finetune.py --loss kl --alpha 0.05 --mix none --out ft_kl.pt
     python finetune.py --known-unknown car fence pole --out ft_known.pt       # pilot study (Sec. IV-C): these are D_s
-    python finetune.py --loss margin --out ft_margin.pt       # Mask2Anomaly's, for --arch mask2former or any other
-    python finetune.py --synthesis        # SynthCP's generator of the checkpoint, for evaluate.py --score synthcp
     torchrun --nproc-per-node 8 finetune.py
-
-Related systems, which need no auxiliary set (end of the file):
-    --prototypes K     PGAN: a cosine classifier from K annotated images a class (from its abstract, all that is public)
-    --distill          DiCNet: a student of f, for evaluate.py --score dicnet
 
 Controls, which the paper lacks: what does the direction of MGU add, and what its size? With everything else the same,
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
@@ -31,9 +25,15 @@ for itself too, so that any source goes with any loss:
     python finetune.py --method densehybrid --negatives mgu           # the same losses on MGU's D_s
     python finetune.py --method noisy --patches photographs           # --score outlier outlier_msp
     python finetune.py --method rnvp                                  # samples of a flow; --score msp entropy
+    python finetune.py --loss margin                                  # Mask2Anomaly's, on any network; --score maxlogit
+    python finetune.py --prototypes 5      # PGAN, from its abstract: a cosine classifier; --score cosine
+    python finetune.py --distill           # DiCNet: a student of f; --score dicnet
+    python finetune.py --synthesis         # SynthCP: a generator of images from label maps; --score synthcp
 Their controls: --paste-control off | inlier | decoy, and --flow-border no.
 
 The training loop is pretrain.py's. A run that was stopped or killed continues when the same command is given again.
+
+Sections: command line · where D_s comes from · stage 3 · related systems (the paper needs none of it) · main
 """
 import argparse
 import functools
@@ -105,7 +105,7 @@ def parse():
     g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
                    "first one's (ours: SynthCP's 64; toy, camvid: 8)")
     g = p.add_argument_group("objective (Eq. 5)")
-    g.add_argument("--loss", choices=common.LOSSES,
+    g.add_argument("--loss", choices=(*common.LOSSES, "margin"),
                    help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
                         "kl); js, energy, margin: of the related systems")
     g.add_argument("--alpha", type=common.real(0),
@@ -127,8 +127,8 @@ def parse():
     files = dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt", synthesis="generator.pt")
     args.stage = chosen if chosen in files else "finetune"
     args.out = args.out or files[args.stage]
-    if args.loss == "margin" and args.alpha is None:
-        args.alpha = 1.0   # Mask2Anomaly's
+    if args.loss == "margin" and args.method == "mgu":
+        args.method = "mask2anomaly"
     if chosen == "paste" and not args.patches:
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
@@ -325,7 +325,63 @@ def known_unknown_data(args, checkpoint, root):
     return data, dict(aux=data.identity(), train=None)
 
 
-# ─────────────────────────────────────── systems of the related work ───────────────────────────────────────
+# ────────────────────────────────────────────────── stage 3 ──────────────────────────────────────────────────
+
+def finetune(args, f, checkpoint, root, device):
+    """Minimise Eq. 5 over D_s and D_k of the chosen source, from the pretrained f; writes args.out."""
+    make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
+    data, identity = make[source(args)](args, checkpoint, root)
+    groups = add_heads(f, args)
+    f = f.to(device, memory_format=torch.channels_last)
+    common.say(common.about_run(device, f))
+
+    # What decides the result, and so what a continued run must share with the first
+    names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
+             "bn", "seed", "cut", "paste_range", "pure", "paste_control", "flow_lr", "flow_steps", "flow_border")
+    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity,
+                    gamma=args.gamma or None)                    # None, as in files that are older than the flag
+    if args.loss == "margin":
+        settings.update(margin=args.margin, margin_published=args.margin_published)
+    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
+                 root=root, known_unknown=args.known_unknown)
+    # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
+    count, objective = pretrain.count_pixels, functools.partial(pretrain.eq5, args)
+    if source(args) == "flow":                                   # what related systems minimise
+        count, objective = functools.partial(choose_places, args), functools.partial(eq5_with_samples, args, f.flow)
+    elif args.gamma:
+        objective = functools.partial(eq5_with_outlier, args)
+    elif args.loss == "margin":
+        count = pretrain.count_masks if f.decoder else count
+        objective = functools.partial(margin_objective, args)
+    pretrain.train(f, data, args, device, settings, facts, groups=groups, count=count, objective=objective)
+
+
+# ─────────────────────────────── related systems: heads, and what is minimised ───────────────────────────────
+
+HEAD_FACTOR = 10   # ASSUMPTION: the new outlier head learns ten times as fast as f, DeepLab's custom for a new layer
+
+
+def add_heads(f, args):
+    """Give f what it lacks for this run: an outlier head where γ > 0, a flow. Returns the optimiser's groups."""
+    torch.manual_seed(args.seed % 2**63)
+    factors = {}                                                 # module: its learning rate, in those of f
+    if args.gamma:
+        f.outlier = f.outlier or nn.Conv2d(f.classifier.in_channels, 1, 1)
+        factors[f.outlier] = HEAD_FACTOR
+    if source(args) == "flow":
+        f.flow = f.flow or common.RealNVP()
+        factors[f.flow] = args.flow_lr / args.lr
+    special = {p for module in factors for p in module.parameters()}
+    groups = [dict(params=[p for p in f.parameters() if p not in special])]
+    return groups + [dict(params=list(module.parameters()), factor=factor) for module, factor in factors.items()]
+
+
+def eq5_with_outlier(args, net, part, counts, X=None):
+    """Eq. 5, and with γ the outlier head's term, of a part of the batch; of X in place of the part's image if given."""
+    found = net(common.to_input(part["image"]) if X is None else X)
+    return common.objective_outlier(found["logits"], part["label"], part["unknown"], args.alpha, args.loss, *counts,
+                                    outlier=found.get("outlier"), gamma=args.gamma)
+
 
 def margin_objective(args, net, part, counts):
     """Mask2Anomaly (Rai et al., ICCV 2023): L_k + α · loss_margin, of a part of the batch. L_k is Mask2Former's loss
@@ -334,69 +390,10 @@ def margin_objective(args, net, part, counts):
     where = part["label"], part["unknown"], args.alpha
     if "sets" in found:
         return common.objective_sets(found["sets"], *where, args.margin, args.margin_published, *counts)
-    return common.objective(found["logits"], *where, "margin", *counts, margin=args.margin,
-                            published=args.margin_published)
+    return common.objective_margin(found["logits"], *where, *counts, args.margin, args.margin_published)
 
 
-def count_images(batch, run):
-    """[|D_k|, |D_s|, images] of this rank's share."""
-    return [*pretrain.count_pixels(batch, run), len(batch["label"])]
-
-
-def perceived(f, X):
-    """What f makes of images: the backbone's maps, and the embedding."""
-    maps = f.maps(X)
-    return [*(maps.values() if isinstance(maps, dict) else [maps]), f.head(maps)]
-
-
-def synthesis_objective(f, net, part, counts):
-    """SynthCP's generator and discriminator (Xia et al., ECCV 2020, with SPADE's losses): L_G + L_D of a part.
-
-    L_G = −E D(G(Y)) + 10 · Σ |D's features of G(Y) − of X| + 10 · Σ w |f's features of G(Y) − of X|; L_D: hinge. Every
-    term is a mean over images, so the parts are weighted by their share of the batch.
-    DEVIATION: the perceptual term is in the features of the frozen f, not of VGG19: no download, and they are what the
-    score compares. w is 1 for the last map and half as much for each before it (VGG19's: 1/32, 1/16, 1/8, 1/4, 1)."""
-    X, Y = common.to_input(part["image"]), common.one_hot(part["label"], f.num_classes)
-    found = net((Y, X))
-    real, fake, judged = found["real"], found["fake"], found["judged"]             # [[4 maps, score], …] of two scales
-    L_D = adversarial = matching = 0
-    for r, k, j in zip(real, fake, judged):
-        L_D = L_D + (1 - r[-1]).relu().mean() / 2 + (1 + k[-1]).relu().mean() / 2
-        adversarial = adversarial - j[-1].mean() / 2
-        matching = matching + sum(F.l1_loss(a, b.detach()) for a, b in zip(j[:-1], r[:-1])) / 2
-    with torch.no_grad():
-        wanted = perceived(f, X)
-    made = perceived(f, found["image"])
-    perceptual = sum(0.5**k * F.l1_loss(a, b) for k, (a, b) in enumerate(zip(made[::-1], wanted[::-1])))
-    return len(X) / counts[2] * (L_D + adversarial + 10 * matching + 10 * perceptual)
-
-
-def synthesize(args, f, checkpoint, root, device):
-    """Train SynthCP's generator for f and write it to args.out; f is frozen. Its checkpoint names that of f.
-
-    ASSUMPTION: pretraining's crops and augmentation, where SynthCP squeezes images to 512×256; its 100 epochs of linear
-    decay after 100 constant ones are the schedule "poly"."""
-    trained = checkpoint["settings"]
-    with common.first_rank_first():
-        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=args.seed)
-    data.crop, data.scale = trained.get("crop") or data.decode(0)[1].shape, trained.get("scale", (1, 1))
-    f = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    torch.manual_seed(args.seed % 2**63)
-    model = common.Synthesizer(f.backbone_name, f.num_classes, args.generator_width)
-    model = model.to(device, memory_format=torch.channels_last)
-    common.say(common.about_run(device, model))
-
-    ckpt = common.fingerprint(args.ckpt)
-    names = ("epochs", "batch_size", "lr", "schedule", "bn", "seed", "generator_width")
-    settings = dict({n: getattr(args, n) for n in names}, ckpt=ckpt, train=data.identity())
-    facts = dict(common.model_facts(model), stage="synthesis", companion_of=ckpt, root=root,
-                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
-    # SynthCP's Adam: no first moment, and four times the rate for the discriminator
-    groups = [dict(params=list(m.parameters()), betas=(0, 0.9), factor=factor)
-              for m, factor in ((model.generator, 1), (model.discriminator, 4))]
-    pretrain.train(model, data, args, device, settings, facts, groups=groups, count=count_images,
-                   objective=functools.partial(synthesis_objective, f))
-# ────────────────────────────────── D_s from elsewhere: pasted patches ──────────────────────────────────
+# ───────────────────────────────── related systems: D_s from pasted patches ─────────────────────────────────
 
 class Pasted(torch.utils.data.Dataset):
     """Training images with a foreign patch pasted in, which is D_s: item (epoch, i) → as AuxiliarySet's.
@@ -537,7 +534,7 @@ def pasted_data(args, checkpoint, root):
     return data, dict(aux=data.identity(), train=None)
 
 
-# ───────────────────────────── D_s from elsewhere: samples of a flow, trained jointly ─────────────────────────────
+# ───────────────────────── related systems: D_s from samples of a flow, trained jointly ─────────────────────────
 # Real NVP outliers (Grcić et al., VISAPP 2021): minimise over f and the flow together
 #     Eq. 5, whose D_s is a sample of the flow pasted into X,  +  −log₂ p of the crop that it replaced, bits a value.
 # The loss on D_s reaches the flow through the sample and draws it to where f is unsure; the likelihood holds it at the
@@ -591,28 +588,10 @@ def eq5_with_samples(args, flow, net, part, counts):
     if args.flow_border == "no":
         sample = sample.detach()
     X[window] = sample.permute(0, 2, 3, 1)
-    return value + pretrain.eq5(args, net, part, counts, X)
+    return value + eq5_with_outlier(args, net, part, counts, X)
 
 
-# ────────────────────────────────────────────────── stage 3 ──────────────────────────────────────────────────
-
-HEAD_FACTOR = 10   # ASSUMPTION: the new outlier head learns ten times as fast as f, DeepLab's custom for a new layer
-
-
-def add_heads(f, args):
-    """Give f what it lacks for this run: an outlier head where γ > 0, a flow. Returns the optimiser's groups."""
-    torch.manual_seed(args.seed % 2**63)
-    factors = {}                                                 # module: its learning rate, in those of f
-    if args.gamma:
-        f.outlier = f.outlier or nn.Conv2d(f.classifier.in_channels, 1, 1)
-        factors[f.outlier] = HEAD_FACTOR
-    if source(args) == "flow":
-        f.flow = f.flow or common.RealNVP()
-        factors[f.flow] = args.flow_lr / args.lr
-    special = {p for module in factors for p in module.parameters()}
-    groups = [dict(params=[p for p in f.parameters() if p not in special])]
-    return groups + [dict(params=list(module.parameters()), factor=factor) for module, factor in factors.items()]
-# ──────────────────────── related systems that train something else than f with Eq. 5 ────────────────────────
+# ──────────────────── related systems: prototypes, a student, a generator in place of Eq. 5 ────────────────────
 
 def chosen_scenes(K, checkpoint, root):
     """The training images that are among the K with the most pixels of a class, at full size, without D_s.
@@ -719,37 +698,76 @@ def distillation(teacher, net, part, counts):
     return ((S - T)**2).mean((1, 2, 3)).sum() / counts[0]
 
 
+def count_images(batch, run):
+    """[|D_k|, |D_s|, images] of this rank's share."""
+    return [*pretrain.count_pixels(batch, run), len(batch["label"])]
+
+
+def perceived(f, X):
+    """What f makes of images: the backbone's maps, and the embedding."""
+    maps = f.maps(X)
+    return [*(maps.values() if isinstance(maps, dict) else [maps]), f.head(maps)]
+
+
+def synthesis_objective(f, net, part, counts):
+    """SynthCP's generator and discriminator (Xia et al., ECCV 2020, with SPADE's losses): L_G + L_D of a part.
+
+    L_G = −E D(G(Y)) + 10 · Σ |D's features of G(Y) − of X| + 10 · Σ w |f's features of G(Y) − of X|; L_D: hinge. Every
+    term is a mean over images, so the parts are weighted by their share of the batch.
+    DEVIATION: the perceptual term is in the features of the frozen f, not of VGG19: no download, and they are what the
+    score compares. w is 1 for the last map and half as much for each before it (VGG19's: 1/32, 1/16, 1/8, 1/4, 1)."""
+    X, Y = common.to_input(part["image"]), common.one_hot(part["label"], f.num_classes)
+    found = net((Y, X))
+    real, fake, judged = found["real"], found["fake"], found["judged"]             # [[4 maps, score], …] of two scales
+    L_D = adversarial = matching = 0
+    for r, k, j in zip(real, fake, judged):
+        L_D = L_D + (1 - r[-1]).relu().mean() / 2 + (1 + k[-1]).relu().mean() / 2
+        adversarial = adversarial - j[-1].mean() / 2
+        matching = matching + sum(F.l1_loss(a, b.detach()) for a, b in zip(j[:-1], r[:-1])) / 2
+    with torch.no_grad():
+        wanted = perceived(f, X)
+    made = perceived(f, found["image"])
+    perceptual = sum(0.5**k * F.l1_loss(a, b) for k, (a, b) in enumerate(zip(made[::-1], wanted[::-1])))
+    return len(X) / counts[2] * (L_D + adversarial + 10 * matching + 10 * perceptual)
+
+
+def synthesize(args, f, checkpoint, root, device):
+    """Train SynthCP's generator for f and write it to args.out; f is frozen. Its checkpoint names that of f.
+
+    ASSUMPTION: pretraining's crops and augmentation, where SynthCP squeezes images to 512×256; its 100 epochs of linear
+    decay after 100 constant ones are the schedule "poly"."""
+    trained = checkpoint["settings"]
+    with common.first_rank_first():
+        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=args.seed)
+    data.crop, data.scale = trained.get("crop") or data.decode(0)[1].shape, trained.get("scale", (1, 1))
+    f = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    torch.manual_seed(args.seed % 2**63)
+    model = common.Synthesizer(f.backbone_name, f.num_classes, args.generator_width)
+    model = model.to(device, memory_format=torch.channels_last)
+    common.say(common.about_run(device, model))
+
+    ckpt = common.fingerprint(args.ckpt)
+    names = ("epochs", "batch_size", "lr", "schedule", "bn", "seed", "generator_width")
+    settings = dict({n: getattr(args, n) for n in names}, ckpt=ckpt, train=data.identity())
+    facts = dict(common.model_facts(model), stage="synthesis", companion_of=ckpt, root=root,
+                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+    # SynthCP's Adam: no first moment, and four times the rate for the discriminator
+    groups = [dict(params=list(m.parameters()), betas=(0, 0.9), factor=factor)
+              for m, factor in ((model.generator, 1), (model.discriminator, 4))]
+    pretrain.train(model, data, args, device, settings, facts, groups=groups, count=count_images,
+                   objective=functools.partial(synthesis_objective, f))
+
+
+# ─────────────────────────────────────────────────── main ───────────────────────────────────────────────────
+
 def main():
     args = parse()
     device = common.setup(args.device, tf32=True)
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, args.stage, checkpoint["data"], f.arch, without=other_flags(args)))
     root = common.data_root(args.root, checkpoint)               # X and the training split are read there
-    if args.stage != "finetune":
-        other = dict(prototypes=train_prototypes, distill=distill, synthesis=synthesize)[args.stage]
-        return other(args, f, checkpoint, root, device)
-    make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
-    data, identity = make[source(args)](args, checkpoint, root)
-    groups = add_heads(f, args)
-    f = f.to(device, memory_format=torch.channels_last)
-    common.say(common.about_run(device, f))
-
-    # What decides the result, and so what a continued run must share with the first
-    names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
-             "bn", "seed", "cut", "paste_range", "pure", "paste_control", "flow_lr", "flow_steps", "flow_border")
-    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity,
-                    gamma=args.gamma or None)                    # None, as in files that are older than the flag
-    if args.loss == "margin":
-        settings.update(margin=args.margin, margin_published=args.margin_published)
-    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
-                 root=root, known_unknown=args.known_unknown)
-    # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
-    count = objective = None
-    if source(args) == "flow":
-        count, objective = functools.partial(choose_places, args), functools.partial(eq5_with_samples, args, f.flow)
-    elif args.loss == "margin":
-        count, objective = pretrain.count_masks if f.decoder else None, functools.partial(margin_objective, args)
-    pretrain.train(f, data, args, device, settings, facts, groups=groups, count=count, objective=objective)
+    run = dict(finetune=finetune, prototypes=train_prototypes, distill=distill, synthesis=synthesize)[args.stage]
+    run(args, f, checkpoint, root, device)
 
 
 if __name__ == "__main__":

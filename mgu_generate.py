@@ -76,7 +76,7 @@ def parse():
 # ───────────────────────────────────────────── Algorithm 1 ─────────────────────────────────────────────
 
 def update(f, X_aux, I, y, eta):
-    """Lines 5 to 8, one iteration of every image of a batch: (P_ỹ, the next X').
+    """Line 5 to line 8, one iteration of every image of a batch: (P_ỹ, the next X').
 
     f is frozen: the gradient is with respect to the image. P_ỹ is computed anew from all of I_ỹ, so a pixel that had
     flipped and fell back when its neighbours moved is in it again.
@@ -207,11 +207,13 @@ def predict(f, image, device):
 
 
 def generate(f, scenes, jobs, out, args, device, tf32=False):
-    """Run Algorithm 1 for `jobs` [(class, image index)] and write one .npz each.
+    """Run Algorithm 1 for `jobs` [(class, image index)], choose D_s, and write one .npz each.
 
     ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X'.
     The other pixels of I_ỹ stay in D_k with the label ỹ: those that moved without flipping, and those that f got wrong
     on X and that joined P_ỹ later and crossed (fewer than 1 in 100).
+    ASSUMPTION: "right on X" is P_ỹ of the first iteration, on a GPU in TF32 and with batch norm folded into f; "no
+    longer on X'" is f itself in float32, in which D_s has to lie across the boundary.
     ASSUMPTION: an image of which f gets no pixel of I_ỹ right is stored all the same: X' = X, with an empty D_s."""
     f_folded = fold_batch_norm(f)
 
@@ -229,9 +231,10 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
             for (y, i, label), X_aux, first, history in ended:
                 image = X_aux.round().to(torch.uint8)
                 flipped = predict(f, image, device)[0] != y
+                D_s = first.numpy() & flipped
                 yield out / sample_name(scenes, y, i), dict(
                     format=common.FORMAT, image=image.permute(1, 2, 0).numpy(), label=label.numpy(),
-                    unknown=first.numpy() & flipped, y=y, correct=int(first.sum()),
+                    unknown=D_s, y=y, correct=int(first.sum()),
                     source=Path(os.path.relpath(scenes.name(i), scenes.root)).as_posix(),
                     history=np.array(history, np.int32))
         written = common.ahead(writers, lambda sample: common.save_npz(*sample), samples())

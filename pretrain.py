@@ -235,62 +235,6 @@ class Run:
         return "epoch {}, step {}".format(*divmod(self.t, self.n_steps))
 
 
-TRADI_GAIN = (0.00316, 0.00223)   # the steady gains of TRADI's published constants: Q as below, R = 10
-
-
-class Tradi:
-    """TRADI's filter over the steps of training (Franchi et al., "TRADI: Tracking deep neural network weight
-    distributions", ECCV 2020): for every weight w that is not batch norm's, with gradient g and rate lr of a step,
-
-        μ ← (1 − K_μ)(μ − lr·g) + K_μ w        v ← (1 − K_v)(v + (lr·g)²) + K_v (w − μ)²
-        P⁻ = P + Q,   K = P⁻ / (P⁻ + R),   P ← (1 − K) P⁻          (both scalars, for all weights; P starts at 0)
-
-    The gains K rise from Q / (Q + R) to those given, whatever R that takes: R = Q (1 − K) / K².
-    ASSUMPTION: starts at μ = w_0, v = 0, where the public code starts at μ = 0: that start is left only after some
-    1/K_μ = 317 steps. With Adam a step is not lr·g, and the filter an average over the last 1/K_μ iterates.
-
-    mean, var {name: tensor}; first: the share of w_0 that is left in the mean where Adam forgets it, Π(1 − K_μ)."""
-
-    Q = (1e-4, 5e-5)   # of the mean, of the variance
-
-    def __init__(self, f, gain=TRADI_GAIN):
-        norms = {id(p) for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-        weights = {name: w for name, w in f.named_parameters() if id(w) not in norms}
-        self.names = {id(w): name for name, w in weights.items()}
-        self.mean = {name: w.detach().clone() for name, w in weights.items()}
-        self.var = {name: torch.zeros_like(w) for name, w in self.mean.items()}
-        self.R = [q * (1 - k) / k**2 for q, k in zip(self.Q, gain)]
-        self.P, self.first = [0.0, 0.0], 1.0
-
-    @torch.no_grad()
-    def step(self, groups):
-        """After the optimiser's step; groups: its parameter groups, with the gradients and rates of that step."""
-        K = []
-        for i in (0, 1):
-            prior = self.P[i] + self.Q[i]
-            K.append(prior / (prior + self.R[i]))
-            self.P[i] = (1 - K[i]) * prior
-        self.first *= 1 - K[0]
-        for group in groups:
-            for w in group["params"]:
-                if id(w) not in self.names:
-                    continue
-                name = self.names[id(w)]
-                moved = 0 * w if w.grad is None else group["lr"] * w.grad
-                mean = self.mean[name].sub_(moved).lerp_(w, K[0])
-                self.var[name].add_(moved**2).lerp_((w - mean)**2, K[1])
-
-    def state(self):
-        """What a checkpoint keeps of it."""
-        return dict(mean=self.mean, var=self.var, P=self.P, first=self.first)
-
-    def load(self, state):
-        for name in self.mean:
-            self.mean[name].copy_(state["mean"][name])
-            self.var[name].copy_(state["var"][name])
-        self.P, self.first = list(state["P"]), state["first"]
-
-
 def beside(out, suffix):
     """ft.pt → ft.jsonl; any other name keeps all of itself: ft_alpha0.05 → ft_alpha0.05.jsonl."""
     return out.with_name(out.name.removesuffix(".pt") + suffix)
@@ -473,27 +417,10 @@ def count_over_ranks(count, batch, run):
     return counts, stopped
 
 
-def eq5(args, net, part, counts, X=None):
-    """Eq. 5 of a part of the batch: Σ L_k / |D_k| + α · Σ (L_KL or L_ER) / |D_s|, with the counts of the whole; of X
-    where that is given, in place of the part's image."""
-    found = net(common.to_input(part["image"]) if X is None else X)              # logits (b, N, H, W)
-    return common.objective(found["logits"], part["label"], part["unknown"], args.alpha, args.loss, *counts,
-                            outlier=found.get("outlier"), gamma=getattr(args, "gamma", 0))   # γ: in fine-tuning alone
-
-
-def count_masks(batch, run):
-    """[|D_k|, |D_s|, masks that queries are matched with, images] of this rank's share: what a mask network's loss is
-    divided by. An image has a mask for each class in it, and at most as many as there are queries."""
-    counts = count_pixels(batch, run)
-    known = ~batch["unknown"] & (batch["label"] < run.f.num_classes)
-    present = [int((torch.bincount(Z[k]) > 0).sum()) for Z, k in zip(batch["label"], known)]
-    return [*counts, sum(min(n, run.f.decoder.queries) for n in present), len(present)]
-
-
-def mask_loss(net, part, counts):
-    """Mask2Former's loss of a part of the batch, in place of L_k."""
-    sets = net(common.to_input(part["image"]))["sets"]
-    return common.objective_sets(sets, part["label"], part["unknown"], 0, 0, False, *counts)
+def eq5(args, net, part, counts):
+    """Eq. 5 of a part of the batch: Σ L_k / |D_k| + α · Σ (L_KL or L_ER) / |D_s|, with the counts of the whole."""
+    logits = net(common.to_input(part["image"]))["logits"]                       # (b, N, H, W)
+    return common.objective(logits, part["label"], part["unknown"], args.alpha, args.loss, *counts)
 
 
 def gradient(net, batch, objective, counts, args, run, device):
@@ -769,6 +696,79 @@ def decoded_cache(scenes, folder):
         images.flush()
         labels.flush()
     return paths
+
+
+# ─────────────────────────────────────────── related systems ───────────────────────────────────────────
+
+TRADI_GAIN = (0.00316, 0.00223)   # the steady gains of TRADI's published constants: Q as below, R = 10
+
+
+class Tradi:
+    """TRADI's filter over the steps of training (Franchi et al., "TRADI: Tracking deep neural network weight
+    distributions", ECCV 2020): for every weight w that is not batch norm's, with gradient g and rate lr of a step,
+
+        μ ← (1 − K_μ)(μ − lr·g) + K_μ w        v ← (1 − K_v)(v + (lr·g)²) + K_v (w − μ)²
+        P⁻ = P + Q,   K = P⁻ / (P⁻ + R),   P ← (1 − K) P⁻          (both scalars, for all weights; P starts at 0)
+
+    The gains K rise from Q / (Q + R) to those given, whatever R that takes: R = Q (1 − K) / K².
+    ASSUMPTION: starts at μ = w_0, v = 0, where the public code starts at μ = 0: that start is left only after some
+    1/K_μ = 317 steps. With Adam a step is not lr·g, and the filter an average over the last 1/K_μ iterates.
+
+    mean, var {name: tensor}; first: the share of w_0 that is left in the mean where Adam forgets it, Π(1 − K_μ)."""
+
+    Q = (1e-4, 5e-5)   # of the mean, of the variance
+
+    def __init__(self, f, gain=TRADI_GAIN):
+        norms = {id(p) for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+        weights = {name: w for name, w in f.named_parameters() if id(w) not in norms}
+        self.names = {id(w): name for name, w in weights.items()}
+        self.mean = {name: w.detach().clone() for name, w in weights.items()}
+        self.var = {name: torch.zeros_like(w) for name, w in self.mean.items()}
+        self.R = [q * (1 - k) / k**2 for q, k in zip(self.Q, gain)]
+        self.P, self.first = [0.0, 0.0], 1.0
+
+    @torch.no_grad()
+    def step(self, groups):
+        """After the optimiser's step; groups: its parameter groups, with the gradients and rates of that step."""
+        K = []
+        for i in (0, 1):
+            prior = self.P[i] + self.Q[i]
+            K.append(prior / (prior + self.R[i]))
+            self.P[i] = (1 - K[i]) * prior
+        self.first *= 1 - K[0]
+        for group in groups:
+            for w in group["params"]:
+                if id(w) not in self.names:
+                    continue
+                name = self.names[id(w)]
+                moved = 0 * w if w.grad is None else group["lr"] * w.grad
+                mean = self.mean[name].sub_(moved).lerp_(w, K[0])
+                self.var[name].add_(moved**2).lerp_((w - mean)**2, K[1])
+
+    def state(self):
+        """What a checkpoint keeps of it."""
+        return dict(mean=self.mean, var=self.var, P=self.P, first=self.first)
+
+    def load(self, state):
+        for name in self.mean:
+            self.mean[name].copy_(state["mean"][name])
+            self.var[name].copy_(state["var"][name])
+        self.P, self.first = list(state["P"]), state["first"]
+
+
+def count_masks(batch, run):
+    """[|D_k|, |D_s|, masks that queries are matched with, images] of this rank's share: what a mask network's loss is
+    divided by. An image has a mask for each class in it, and at most as many as there are queries."""
+    counts = count_pixels(batch, run)
+    known = ~batch["unknown"] & (batch["label"] < run.f.num_classes)
+    present = [int((torch.bincount(Z[k]) > 0).sum()) for Z, k in zip(batch["label"], known)]
+    return [*counts, sum(min(n, run.f.decoder.queries) for n in present), len(present)]
+
+
+def mask_loss(net, part, counts):
+    """Mask2Former's loss of a part of the batch, in place of L_k."""
+    sets = net(common.to_input(part["image"]))["sets"]
+    return common.objective_sets(sets, part["label"], part["unknown"], 0, 0, False, *counts)
 
 
 # ─────────────────────────────────────────────── stage 1 ───────────────────────────────────────────────

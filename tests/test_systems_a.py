@@ -55,7 +55,7 @@ def reference(logits, Z, unknown, d, alpha, loss, gamma):
 @pytest.mark.parametrize("dtype, near", ((torch.float64, 1e-12), (torch.float32, 1e-6)))
 def test_objective(loss, dtype, near):
     logits, Z, unknown, d = batch(dtype=dtype)
-    got = common.objective(logits, Z, unknown, 0.03, loss, outlier=d, gamma=0.3)
+    got = common.objective_outlier(logits, Z, unknown, 0.03, loss, outlier=d, gamma=0.3)
     assert got.dtype == dtype
     assert got.item() == pytest.approx(reference(logits, Z, unknown, d, 0.03, loss, 0.3), rel=near)
 
@@ -64,10 +64,10 @@ def test_gradients_in_closed_form():
     """∂/∂z of the energy term: α S / n_s on D_s, 0 elsewhere. ∂/∂d: γ (σ(d) − t) / (n_k + n_s), 0 without a class."""
     logits, Z, unknown, d = (t.requires_grad_(t.is_floating_point()) for t in batch(1))
     only_s = torch.full_like(Z, 255)                                        # no D_k: the energy term alone
-    g, = torch.autograd.grad(common.objective(logits, only_s, unknown, 0.7, "energy"), logits)
+    g, = torch.autograd.grad(common.objective_outlier(logits, only_s, unknown, 0.7, "energy"), logits)
     want = 0.7 * torch.softmax(logits, 1) / unknown.sum() * unknown[:, None]
     torch.testing.assert_close(g, want.detach(), rtol=1e-12, atol=0)
-    g, = torch.autograd.grad(common.objective(logits, Z, unknown, 0, outlier=d, gamma=0.3), d)
+    g, = torch.autograd.grad(common.objective_outlier(logits, Z, unknown, 0, outlier=d, gamma=0.3), d)
     counted = unknown | (Z < N)
     want = 0.3 * (torch.sigmoid(d) - unknown.double()) / counted.sum() * counted
     torch.testing.assert_close(g, want.detach(), rtol=1e-12, atol=0)
@@ -77,9 +77,9 @@ def test_gradients_in_closed_form():
 @pytest.mark.parametrize("loss", common.LOSSES)
 def test_parts_sum_to_the_whole(loss):
     logits, Z, unknown, d = (t.requires_grad_(t.is_floating_point()) for t in batch(2, B=5))
-    whole = common.objective(logits, Z, unknown, 0.5, loss, outlier=d, gamma=0.3)
+    whole = common.objective_outlier(logits, Z, unknown, 0.5, loss, outlier=d, gamma=0.3)
     n_k, n_s = int(((Z < N) & ~unknown).sum()), int(unknown.sum())
-    parts = sum(common.objective(logits[p], Z[p], unknown[p], 0.5, loss, n_k, n_s, outlier=d[p], gamma=0.3)
+    parts = sum(common.objective_outlier(logits[p], Z[p], unknown[p], 0.5, loss, n_k, n_s, outlier=d[p], gamma=0.3)
                 for p in (slice(0, 1), slice(1, 3), slice(3, 5)))
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
     for one, other in zip(torch.autograd.grad(parts, (logits, d)), torch.autograd.grad(whole, (logits, d))):
@@ -90,7 +90,7 @@ def test_without_weights_it_is_L_k_bit_for_bit():
     logits, Z, unknown, d = batch(3, dtype=torch.float32)
     L_k = common.masked_mean(common.loss_k(common.log_softmax(logits), Z), (Z < N) & ~unknown)
     for loss in common.LOSSES:
-        assert torch.equal(common.objective(logits, Z, unknown, 0, loss, outlier=d, gamma=0.0), L_k)
+        assert torch.equal(common.objective_outlier(logits, Z, unknown, 0, loss, outlier=d, gamma=0.0), L_k)
 
 
 @pytest.mark.parametrize("size", (1e4, -1e4))
@@ -100,7 +100,7 @@ def test_extreme_values_are_finite(size):
     d = torch.full_like(d, size).requires_grad_(True)
     logits.requires_grad_(True)
     for loss in common.LOSSES:
-        value = common.objective(logits, Z, unknown, 0.05, loss, outlier=d, gamma=0.3)
+        value = common.objective_outlier(logits, Z, unknown, 0.05, loss, outlier=d, gamma=0.3)
         assert value.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(value, (logits, d)))
     js = common.loss_js(common.log_softmax(logits.detach()))
     assert (js >= -1e-6).all() and (js <= math.log(2)).all()
@@ -305,7 +305,7 @@ def test_pure_negatives(patches):
         assert D_s.all() if kind == "photo" else 0.3 < D_s.float().mean() < 1
     logits, _, _, d = batch(B=1)
     nothing, everything = torch.full((1, 5, 6), 255, dtype=torch.uint8), torch.ones(1, 5, 6, dtype=torch.bool)
-    value = common.objective(logits, nothing, everything, 0, n_k=0, n_s=30, outlier=d, gamma=0.2)
+    value = common.objective_outlier(logits, nothing, everything, 0, n_k=0, n_s=30, outlier=d, gamma=0.2)
     assert value.item() == pytest.approx(0.2 * F.softplus(-d).mean().item(), rel=1e-12)
     alone = [not (pasted(patches, pure=0.5, seed=s)[0, i]["label"] < N).any() for s in range(20) for i in range(6)]
     assert abs(np.mean(alone) - 0.5) < 4 * 0.5 / 120**0.5
@@ -493,7 +493,7 @@ def test_objective_with_samples():
         bits += f.flow.bits(X[at][None].clone(), batch["u"][k:k + 1]).item()
         X[at] = sample[k]
     assert torch.equal(seen[0], X)
-    want = bits / counts[2] + common.objective(f(X), batch["label"], batch["unknown"], 0.5, "kl").item()
+    want = bits / counts[2] + common.objective_outlier(f(X), batch["label"], batch["unknown"], 0.5, "kl").item()
     assert got.item() == pytest.approx(want, rel=1e-5)
     # The flow alone
     batch, counts = placed(flow_args(flow_steps=8))
@@ -530,7 +530,7 @@ def test_the_loss_reaches_the_flow_through_the_sample():
         X = batch["image"].double() / 255
         for k, (y, x) in enumerate(batch["corner"].tolist()):
             X[k, :, y:y + smooth().shape[2], x:x + smooth().shape[3]] = smooth()[k]
-        return common.objective(f(X), batch["label"], batch["unknown"], 50.0, "kl")
+        return common.objective_outlier(f(X), batch["label"], batch["unknown"], 50.0, "kl")
     p = f.flow.mean
     slope, = torch.autograd.grad(value(), p)
     with torch.no_grad():

@@ -290,10 +290,10 @@ def test_margin_objective_of_a_pixel_head(published):
     top = -S.max(-1) if published else 1 - S.max(-1)
     L_k = -np.log(np.take_along_axis(S, np.where(k, Z.numpy(), 0)[..., None].astype(int), -1))[..., 0]
     want = L_k[k].mean() + 0.3 * ((top[k]**2).mean() + (np.maximum(0, 0.6 - top[s])**2).mean()) / 2
-    found = common.objective(logits, Z, unknown, 0.3, "margin", margin=0.6, published=published)
+    found = common.objective_margin(logits, Z, unknown, 0.3, margin=0.6, published=published)
     np.testing.assert_allclose(float(found), want, rtol=1e-12)
-    halves = [common.objective(logits[i], Z[i], unknown[i], 0.3, "margin", int(k.sum()), int(s.sum()), margin=0.6,
-                               published=published) for i in (slice(0, 1), slice(1, 3))]
+    halves = [common.objective_margin(logits[i], Z[i], unknown[i], 0.3, int(k.sum()), int(s.sum()), 0.6, published)
+              for i in (slice(0, 1), slice(1, 3))]
     np.testing.assert_allclose(float(sum(halves)), want, rtol=1e-12)
 
 
