@@ -77,7 +77,7 @@ PAPER = {   # Section IV-A
 OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each that the paper needs
     "pretrain": dict(backbone="resnet50", weights="imagenet", crop=(512, 512), scale=(0.5, 2.0),
                      schedule="constant", bn="train", width=256,
-                     attention="masked", queries=100, decoder_layers=9),                  # related systems, as published
+                     attention="masked", queries=100, decoder_layers=9),       # related systems, as published
     "mgu": dict(step_size=5.0, max_steps=80, batch_size=4),
     "finetune": dict(schedule="constant", bn="train", unknown="flipped", images="aux", mix="none",
                      negatives="mgu", gamma=0.0, cut="side", paste_range=(0.02, 0.49), pure=0.0,       # related systems
