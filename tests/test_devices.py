@@ -253,9 +253,13 @@ def test_a_run_with_loader_processes_ends_on_a_signal(small, tmp_path):
 
 @pytest.mark.skipif(not gxx(), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_is_the_same(tmp_path, signals):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
     for out, more in (("plain", {}), ("compiled", dict(compile=True))):
+        graphs.clear()
         pretrain.train(Net(), Images(8), loop_args(tmp_path / f"{out}.pt", epochs=3, micro_batch=4, **more),
                        torch.device("cpu"), dict(epochs=3, schedule="constant"), dict(stage="test"))
+        assert (graphs["unique_graphs"] > 0) == (out == "compiled")
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True)["model"] for n in ("plain", "compiled"))
     assert list(one) == list(two), "the names of a compiled module got into the checkpoint"
     np.testing.assert_allclose(losses(tmp_path / "compiled.jsonl"), losses(tmp_path / "plain.jsonl"), rtol=1e-5)
@@ -311,6 +315,29 @@ def test_mixed_backends(tmp_path):
         found.append(ranks(tmp_path / name, "--bn", "frozen", before=before)["model"])
     assert "cpu:gloo" in (tmp_path / "mixed/config").read_text()
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+
+
+def test_synchronised_batch_norm(monkeypatch):
+    """Every batch norm of f itself changes, with the parameters that the optimiser has; torch has it for GPUs alone,
+    so what it computes is not run here."""
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    f = common.Segmenter("fpn", "mobilenet_v3_large", 4, width=8)
+    before = dict(f.named_parameters()), dict(f.named_buffers())
+    norms = [name for name, m in f.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    args = SimpleNamespace(sync_bn=True, micro_batch=4, compile=False, precision="float32")
+    run = SimpleNamespace(cuda=True, batch_size=8, total=1, t=0)
+    pretrain.prepare(f, args, run, torch.device("cpu"))
+    changed = [name for name, m in f.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert len(norms) > 40 and changed == norms
+    for kind, now in zip(before, (dict(f.named_parameters()), dict(f.named_buffers()))):
+        assert kind.keys() == now.keys() and all(now[k] is v for k, v in kind.items())
+    pretrain.freeze_batch_norm(f.train())
+    assert not any(m.training for m in f.modules() if isinstance(m, torch.nn.SyncBatchNorm))
+    for wrong, words in ((dict(micro_batch=None), "--sync-bn needs --micro-batch"), (dict(batch_size=7), "evenly")):
+        changed = [SimpleNamespace(**{k: wrong.get(k, v) for k, v in vars(x).items()}) for x in (args, run)]
+        with pytest.raises(common.InputError, match=words):
+            pretrain.prepare(f, *changed, torch.device("cpu"))
 
 
 # ──────────────────────────────────────────── memory that runs out ────────────────────────────────────────────
