@@ -152,7 +152,7 @@ def test_a_checkpoint_without_its_optimiser(tmp_path, signals, monkeypatch, opti
     checkpoint = dict(torch.load(tmp_path / "f.pt", weights_only=True), optimiser=optimiser)
     if optimiser is None:
         del checkpoint["optimiser"]
-    monkeypatch.setattr(common, "load_checkpoint", lambda path: (None, checkpoint))   # Net is no Segmenter
+    monkeypatch.setattr(common, "load_checkpoint", lambda path, **_: (None, checkpoint))   # Net is no Segmenter
     with pytest.raises(common.InputError, match="f.pt: holds no state of the optimiser"):
         train(Images(3), tmp_path / "f.pt", epochs=2)
 
