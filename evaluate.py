@@ -102,7 +102,7 @@ def parse():
                    help="open-mIoU, as DenseHybrid defines it, and with the threshold of the validation images")
     g.add_argument("--operating-point", type=common.real(0, above=True), metavar="RECALL",
                    help="the δ with this recall on the validation images; without anomalies there, the δ that flags "
-                   "1 − RECALL of them. 0.95, for instance")
+                   "1 − RECALL of them (default: none)")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", default=["msp"],
                    choices=tuple(SCORES),
