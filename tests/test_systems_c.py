@@ -591,7 +591,8 @@ def test_flags_without_effect_are_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             finetune.parse()
     monkeypatch.setattr("sys.argv", ["finetune.py", "--loss", "margin"])
-    assert finetune.parse().alpha == 1 and finetune.parse().out == "ft.pt"
+    args = finetune.parse()
+    assert args.out == "ft.pt" and "alpha 1.0 (method)" in common.resolve(args, "finetune", "toy", "fpn")
 
 
 def test_a_score_of_masks_needs_a_mask_network():

@@ -179,7 +179,8 @@ def graph(study, args):
                 whole = makes + "/manifest.json" * (script == "mgu_generate.py")
                 model = add(f"{data}/{seed}/systems_{makes}", script,
                             [*source, *changed, "--seed", seed, "--out", makes,
-                             *(common if script == "mgu_generate.py" else training)], folder, [model], whole)
+                             *(common if script == "mgu_generate.py" else training)], folder,
+                            list(dict.fromkeys([model, f"{data}/{seed}/pretrain"])), whole)
             out = f"results_systems_{ckpt.removesuffix('.pt')}"
             add(f"{data}/{seed}/{out}", "evaluate.py",
                 ["--ckpt", ckpt, "--root", roots[data], "--score", *scores, *as_flags(flags), "--panels", 0,
@@ -342,7 +343,7 @@ def collect(study, nodes, out):
         date = time.strftime("%Y-%m-%d", time.gmtime(node["makes"].stat().st_mtime))
         of_score = dict(zip((r["score"] for r in results["rows"]), results["rows"]))
         for score, name in names_of(about).items():
-            numbers = of_score[score or results["rows"][0]["score"]]
+            numbers = of_score[score] if score else dict(results, score=results["rows"][0]["score"])
             row = {k: about[k] for k in ("data", "seed", "test")} | dict(
                 name=name, set=about["set"], flags=about["flags"], score=numbers["score"], miou=numbers["miou"],
                 device=device_of(results), date=date)
