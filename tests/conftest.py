@@ -15,6 +15,14 @@ GPU = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0] if torch.cud
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+LONG = ("test_scripts", "test_training", "test_faults", "test_systems_c", "test_systems_b", "test_systems_a", "test_open")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: of two processes none then waits for the other's last one."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory):
     """The label-scan cache goes to a temporary folder; scripts that tests start inherit it."""
