@@ -113,39 +113,7 @@ def parse():
                    help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of the dropout masks, of kNN's references and "
                    "of TRADI's samples (default: 0)")
-    g = p.add_argument_group("related systems that read the embedding or the weights")
-    g.add_argument("--knn-k", type=common.whole(), default=3,
-                   help="neighbours of --score knn and cknn (published: 3, the default)")
-    g.add_argument("--knn-images", type=common.whole(), default=500,
-                   help="training images that the references come from (published: 500, the default)")
-    g.add_argument("--knn-vectors", type=common.whole(), default=100_000,
-                   help="reference vectors at most (published: 100000, the default)")
-    g.add_argument("--knn-chunk", type=common.whole(), default=1024,
-                   help="cells compared at once, which bounds the memory: 4 · CHUNK · VECTORS bytes (default: 1024: "
-                   "0.4 GB)")
-    g.add_argument("--student", metavar="CKPT", help="--score dicnet: checkpoint of finetune.py --distill "
-                   "(default: none)")
-    g.add_argument("--tradi", type=common.whole(), metavar="N", help="an ensemble of N samples of the weights that "
-                   "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
-    g.add_argument("--bn-images", type=common.whole(2), default=500,
-                   help="training images from which --tradi re-estimates batch norm (ours: 500)")
-    g.add_argument("--train-root", metavar="FOLDER",
-                   help="knn, cknn, --tradi: folder of the data that f was trained on (default: the checkpoint's)")
-    g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
-    g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
-                   "of these classes, where at least two are found with confidence (default: off)")
-    g.add_argument("--queries-from", metavar="PLACE", help="--score maskomaly: find the queries whose masks are "
-                   "anomalies on a folder of mgu_generate.py (its D_s), or on this split of the checkpoint's data, "
-                   "which must hold anomalies and not be evaluated itself (default: rejection alone)")
-    g.add_argument("--ground", metavar="CLASS", help="with it: and the two of this class, road for instance, which are "
-                   "no anomaly (default: none)")
-    g.add_argument("--lambda", dest="lam", type=common.real(0), default=0.6, metavar="λ", help="with it: share of the "
-                   "rejection (default: 0.6, as published)")
-    g.add_argument("--border", type=common.real(0), default=0.0, help="--score maskomaly: rejection is 0 where two "
-                   "masks exceed this, their common border (as published: 0.1; default: 0, off)")
-    g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis (no default)")
-    g.add_argument("--synthcp-threshold", type=common.real(0), default=0.999, help="--score synthcp: compare with the "
-                   "synthesis where max S is not above this (default: 0.999, of the public code)")
+    system_flags(p)
     g = p.add_argument_group("figures")
     g.add_argument("--panels", nargs="+", default=["4"], metavar="N|NAME",
                    help="the N images with the largest anomalies, or images whose path ends in these names, such as "
@@ -159,9 +127,11 @@ def parse():
                    help="images read ahead of f, which sees them one at a time (default: 8)")
     g.add_argument("--workers", type=common.whole(), help="threads that read them (default: 8 on CUDA, else 1)")
     g.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is a GPU)")
-    args = p.parse_args()
-    if ("dicnet" in args.score) != bool(args.student):
-        p.error("argument --student: --score dicnet needs it, and nothing else does")
+    return checked(p, p.parse_args())
+
+
+def checked(p, args):
+    """args, with `views`; ends with a usage message where flags do not go together."""
     if len(args.size or ()) == 2 and not any(n % 1 for n in args.size):
         args.size = [int(n) for n in args.size]
     size, folders, sets = args.size or [1], len(args.root or ()), len(args.data or [0])
@@ -176,11 +146,7 @@ def parse():
     # The views that f has of an image: (H and W or a factor, scale, mirrored)
     args.views = [(size, scale, flip) for scale in args.tta or [1]
                   for flip in ((False,) if args.tta is None else (False, True))]
-    for flag, given, score in (("refine", args.refine, "maxlogit"), ("queries-from", args.queries_from, "maskomaly"),
-                               ("ground", args.ground and not args.queries_from, "maskomaly with --queries-from"),
-                               ("generator", args.generator, "synthcp")):
-        if given and score not in args.score:
-            p.error(f"argument --{flag}: without effect on --score {' '.join(args.score)}; it is for {score}")
+    check_system_flags(p, args)
     return args
 
 
@@ -1394,6 +1360,54 @@ def photographs(models, classes, args, device, out):
 
 
 # ──────────────────────────────────── scores of the related systems ────────────────────────────────────
+
+def system_flags(p):
+    """Their flags."""
+    g = p.add_argument_group("related systems that read the embedding or the weights")
+    g.add_argument("--knn-k", type=common.whole(), default=3,
+                   help="neighbours of --score knn and cknn (published: 3, the default)")
+    g.add_argument("--knn-images", type=common.whole(), default=500,
+                   help="training images that the references come from (published: 500, the default)")
+    g.add_argument("--knn-vectors", type=common.whole(), default=100_000,
+                   help="reference vectors at most (published: 100000, the default)")
+    g.add_argument("--knn-chunk", type=common.whole(), default=1024,
+                   help="cells compared at once, which bounds the memory: 4 · CHUNK · VECTORS bytes (default: 1024: "
+                   "0.4 GB)")
+    g.add_argument("--student", metavar="CKPT", help="--score dicnet: checkpoint of finetune.py --distill "
+                   "(default: none)")
+    g.add_argument("--tradi", type=common.whole(), metavar="N", help="an ensemble of N samples of the weights that "
+                   "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
+    g.add_argument("--bn-images", type=common.whole(2), default=500,
+                   help="training images from which --tradi re-estimates batch norm (ours: 500)")
+    g.add_argument("--train-root", metavar="FOLDER",
+                   help="knn, cknn, --tradi: folder of the data that f was trained on (default: the checkpoint's)")
+    g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
+    g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
+                   "of these classes, where at least two are found with confidence (default: off)")
+    g.add_argument("--queries-from", metavar="PLACE", help="--score maskomaly: find the queries whose masks are "
+                   "anomalies on a folder of mgu_generate.py (its D_s), or on this split of the checkpoint's data, "
+                   "which must hold anomalies and not be evaluated itself (default: rejection alone)")
+    g.add_argument("--ground", metavar="CLASS", help="with it: and the two of this class, road for instance, which are "
+                   "no anomaly (default: none)")
+    g.add_argument("--lambda", dest="lam", type=common.real(0), default=0.6, metavar="λ", help="with it: share of the "
+                   "rejection (default: 0.6, as published)")
+    g.add_argument("--border", type=common.real(0), default=0.0, help="--score maskomaly: rejection is 0 where two "
+                   "masks exceed this, their common border (as published: 0.1; default: 0, off)")
+    g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis (no default)")
+    g.add_argument("--synthcp-threshold", type=common.real(0), default=0.999, help="--score synthcp: compare with the "
+                   "synthesis where max S is not above this (default: 0.999, of the public code)")
+
+
+def check_system_flags(p, args):
+    """A usage message where one of their flags is without effect, or missing."""
+    if ("dicnet" in args.score) != bool(args.student):
+        p.error("argument --student: --score dicnet needs it, and nothing else does")
+    for flag, given, score in (("refine", args.refine, "maxlogit"), ("queries-from", args.queries_from, "maskomaly"),
+                               ("ground", args.ground and not args.queries_from, "maskomaly with --queries-from"),
+                               ("generator", args.generator, "synthcp")):
+        if given and score not in args.score:
+            p.error(f"argument --{flag}: without effect on --score {' '.join(args.score)}; it is for {score}")
+
 
 # The outlier head: DenseHybrid, noisy negatives
 

@@ -70,6 +70,20 @@ def parse():
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS",
                    help="no auxiliary set: D_s is the pixels of these classes in the training images, and the other "
                         "pixels are D_k (Sec. IV-C)")
+    g = p.add_argument_group("objective (Eq. 5)")
+    g.add_argument("--loss", choices=(*common.LOSSES, "margin"),
+                   help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
+                        "kl); js, energy, margin: of the related systems")
+    g.add_argument("--alpha", type=common.real(0),
+                   help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3; margin: 1)")
+    system_flags(p)
+    pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet) or, of "
+                            "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40)", micro_batch=16)
+    return checked(p, p.parse_args())
+
+
+def system_flags(p):
+    """Flags of the related systems."""
     g = p.add_argument_group("related systems: other sources of D_s")
     g.add_argument("--method", choices=tuple(common.METHODS), default="mgu",
                    help="fills defaults with what a related system has published (default: mgu, the paper's)")
@@ -104,21 +118,17 @@ def parse():
                    "discriminator, on the training split")
     g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
                    "first one's (ours: SynthCP's 64; toy, camvid: 8)")
-    g = p.add_argument_group("objective (Eq. 5)")
-    g.add_argument("--loss", choices=(*common.LOSSES, "margin"),
-                   help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
-                        "kl); js, energy, margin: of the related systems")
-    g.add_argument("--alpha", type=common.real(0),
-                   help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3; margin: 1)")
+    g = p.add_argument_group("related systems: other terms")
     g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
                    "tells D_s from D_k; 0: no such head (ours: 0)")
     g.add_argument("--margin", type=common.real(0, above=True), default=0.75,
                    help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, published)")
     g.add_argument("--margin-published", action="store_true", help="--loss margin: −max p̂ in place of 1 − max p̂, as "
                    "published, which lowers the confidence on D_k too (default: off)")
-    pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet) or, of "
-                            "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40)", micro_batch=16)
-    args = p.parse_args()
+
+
+def checked(p, args):
+    """args, with `stage` and `out`; ends with a usage message where flags do not go together."""
     # The pilot study has neither X' nor I_ỹ, a flow no patches: what is said about them would be without effect
     chosen = source(args)
     for flag in other_flags(args):
