@@ -119,7 +119,8 @@ METHODS = {  # finetune.py --method NAME: the related systems, in what they diff
     "rnvp": dict(negatives="flow", loss="kl", alpha=0.03, paste_range=(0.04, 0.42)),
     # Rai et al., "Unmasking anomalies in road-scene segmentation", ICCV 2023
     "mask2anomaly": dict(loss="margin", alpha=1.0),
-}   # heads: add_heads in finetune.py; sources and losses: its last section; scores: the last section of evaluate.py
+}   # Heads: finetune.py, add_heads. Sources: finetune.py, Pasted, choose_places. Losses: the end of this file, and
+    # eq5_with_outlier, margin_objective of finetune.py. Scores: evaluate.py, "scores of the related systems"
 
 
 def resolve(args, stage, data, arch=None, without=()):

@@ -337,7 +337,7 @@ def sort_by_class(scores, positive):
 
 
 def curve_metrics(chunks, P, N):
-    """All metrics, from the distinct scores held by at least one positive.
+    """All METRICS, as they are defined above, from the distinct scores held by at least one positive.
 
     chunks  iterable of non-empty int64 arrays (pos, above, upto, …), in descending score order, one entry
             per such score: positives at it, negatives strictly above it, negatives above or at it

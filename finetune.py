@@ -143,6 +143,9 @@ def checked(p, args):
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
         p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
+    heads = common.METHODS[args.method].get("gamma", 0) if args.gamma is None else args.gamma
+    if args.loss == "margin" and (chosen == "flow" or heads):
+        p.error("argument --loss: margin goes without an outlier head (--gamma) and without a flow")
     if args.margin_published and args.loss != "margin":
         p.error("argument --margin-published: expected --loss margin")
     return args

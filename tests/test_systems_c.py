@@ -586,7 +586,8 @@ def test_flags_without_effect_are_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             evaluate.parse()
         assert told in capsys.readouterr().err
-    for args in ("--margin-published", "--synthesis --alpha 1", "--synthesis --mix clean"):
+    for args in ("--margin-published", "--synthesis --alpha 1", "--synthesis --mix clean", "--loss margin --gamma 0.1",
+                 "--loss margin --negatives flow", "--loss margin --method densehybrid --patches x"):
         monkeypatch.setattr("sys.argv", ["finetune.py", *args.split()])
         with pytest.raises(SystemExit):
             finetune.parse()
