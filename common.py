@@ -102,7 +102,7 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
                          lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly", queries=32, decoder_layers=3),
         "synthesis": dict(epochs=8, batch_size=8, lr=4e-4, generator_width=8),
-        "mgu": dict(per_class=10, step_size=10.0, batch_size=8),
+        "mgu": dict(per_class=10, step_size=10.0, max_steps=40, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
         "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
 }

@@ -318,7 +318,7 @@ def test_default_step_and_cap():
             args = argparse.Namespace(**dict.fromkeys(names), seed=0)
             told = common.resolve(args, "mgu", data, arch)
             eta = "10.0 (recipe)" if data == "toy" else "5.0 (ours)"
-            assert (args.step_size, args.max_steps) == (10 if data == "toy" else 5, 80)
+            assert (args.step_size, args.max_steps) == ((10, 40) if data == "toy" else (5, 80))
             assert f"step-size {eta}" in told and "max-steps 80 (ours)" in told
 
 
