@@ -530,13 +530,17 @@ def cover(image, mask, shape, rng):
 
 
 def training_scenes(args, checkpoint, root):
-    """The training split as pretraining saw it: its crop and scale; whole images where the checkpoint has no crop."""
-    settings = checkpoint["settings"]
+    """The training split as pretraining saw it: in its crop and scale."""
+    usual = pretrained_with(checkpoint)
     with common.first_rank_first():
-        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], settings.get("crop"),
-                                       settings.get("scale", (1, 1)), args.seed)
-    data.crop = data.crop or data.decode(0)[1].shape
-    return data
+        return pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"],
+                                       usual["scale"], args.seed)
+
+
+def pretrained_with(checkpoint):
+    """The settings of pretraining; a fine-tuned f does not tell them, and has the defaults of its data."""
+    recipe = common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})
+    return {**common.OURS["pretrain"], **recipe, **checkpoint["settings"]}
 
 
 def pasted_data(args, checkpoint, root):
@@ -677,16 +681,11 @@ def distill(args, f, checkpoint, root, device):
     minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
     ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
     map of the student that is coarser than f's is upsampled bilinearly."""
-    # Those of pretraining; a fine-tuned f does not tell them, and has the defaults of its data
-    usual = {**common.OURS["pretrain"], **common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})}
-    crop, scale, weights = (checkpoint["settings"].get(k, usual[k]) for k in ("crop", "scale", "weights"))
-    with common.first_rank_first():
-        scenes = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], crop, scale,
-                                         args.seed)
+    scenes = training_scenes(args, checkpoint, root)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     student = common.bare(common.Segmenter(f.arch, args.student_backbone, f.num_classes, f.width))
-    pretrain.load_backbone(student, "none" if weights == "none" else "imagenet")
+    pretrain.load_backbone(student, "none" if pretrained_with(checkpoint)["weights"] == "none" else "imagenet")
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
     names = ("student_backbone", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
@@ -749,10 +748,7 @@ def synthesize(args, f, checkpoint, root, device):
 
     ASSUMPTION: pretraining's crops and augmentation, where SynthCP squeezes images to 512×256; its 100 epochs of linear
     decay after 100 constant ones are the schedule "poly"."""
-    trained = checkpoint["settings"]
-    with common.first_rank_first():
-        data = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], seed=args.seed)
-    data.crop, data.scale = trained.get("crop") or data.decode(0)[1].shape, trained.get("scale", (1, 1))
+    data = training_scenes(args, checkpoint, root)
     f = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     model = common.Synthesizer(f.backbone_name, f.num_classes, args.generator_width)
