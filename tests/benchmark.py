@@ -533,11 +533,20 @@ def time_fed(f, scenes, batch, steps, device, **more):
 # ──────────────────────────────────────────────────── gpu ────────────────────────────────────────────────────
 
 class Report:
-    """What the gpu section found: printed and written as JSON after every row, so that nothing is lost."""
+    """What the gpu section found: printed and written as JSON after every row, so that nothing is lost. What `path`
+    holds of an earlier run on the same machine is not measured again."""
 
-    def __init__(self, path, budget):
+    def __init__(self, path, budget, found):
         self.path, self.budget, self.begun = path, budget, time.perf_counter()
-        self.values = dict(machine={}, rows=[], left_out=[], hours={})
+        self.values = dict(machine=found, rows=[], left_out=[], hours={})
+        if path and Path(path).exists():
+            before = json.loads(Path(path).read_text())
+            other = {k for k in {**found, **before["machine"]} if k != "date" and found.get(k) != before["machine"].get(k)}
+            if other:
+                raise common.InputError(f"{path}: of a machine with another {', '.join(sorted(other))}; expected a new "
+                                        "file, or one that this machine wrote")
+            self.values = dict(before, machine=found, left_out=[])
+            self.values["rows"] = [r for r in before["rows"] if "error" not in r]
 
     def left(self):
         return self.budget - (time.perf_counter() - self.begun)
@@ -555,6 +564,8 @@ class Report:
 
     def attempt(self, device, section, needs, measure, **names):
         """Run measure() → a row or several, if `needs` seconds are left; what fails is recorded, the rest goes on."""
+        if any(r["section"] == section and all(r.get(k) == v for k, v in names.items()) for r in self.values["rows"]):
+            return
         if self.left() < needs:
             self.values["left_out"].append(dict(section=section, **names))
             print(f"{section} {names}: left out, {self.left():.0f} s are left", flush=True)
@@ -598,8 +609,7 @@ def machine(device):
 
 def bench_gpu(args, device):
     """Everything that a user with a GPU wants to know before a long run, the most important first."""
-    report = Report(args.json, args.budget)
-    report.values["machine"] = machine(device)
+    report = Report(args.json, args.budget, machine(device))
     print(" · ".join(f"{k} {v}" for k, v in report.values["machine"].items()), flush=True)
     cuda, small = device.type == "cuda", args.small
     crop, full = ((48, 64), (54, 96)) if small else ((512, 512), (720, 1280))
@@ -628,10 +638,14 @@ def bench_gpu(args, device):
                        compiled=more.get("compile", False), micro_batch=more.get("micro_batch", batch))
 
     def mgu(needs, arch, batch, tf32, engine="batched", deterministic=True):
-        report.attempt(device, "mgu", needs if cuda else 0, lambda: time_mgu(
-            model(arch), full, max(2, batch // scale), tf32, engine, deterministic, seconds, device), arch=arch,
-            engine=engine, size=list(full), precision="tf32" if tf32 else "float32", micro_batch=batch,
-            deterministic=deterministic and engine == "batched")
+        def measure():
+            theirs = lambda x, size: F.interpolate(x, size, mode="bilinear", align_corners=False)
+            with mock.patch.object(common, "upsample", theirs) if "PyTorch" in engine else contextlib.nullcontext():
+                return time_mgu(model(arch), full, max(2, batch // scale), tf32, engine.split(",")[0], deterministic,
+                                seconds, device)
+        report.attempt(device, "mgu", needs if cuda else 0, measure, arch=arch, engine=engine, size=list(full),
+                       precision="tf32" if tf32 else "float32", micro_batch=batch,
+                       deterministic=deterministic and engine != "literal")
 
     def evaluation(needs, arch):
         report.attempt(device, "evaluation", needs if cuda else 0, lambda: time_evaluation(
@@ -646,6 +660,7 @@ def bench_gpu(args, device):
     train(20, first, "pretraining", 32, loop="plain")
     train(20, first, "fine-tuning", 16)
     mgu(15, first, 8, True)
+    mgu(12, first, 8, True, engine="batched, PyTorch's gradient of upsampling")
     mgu(12, first, 8, True, deterministic=False)
     mgu(15, first, 8, True, engine="literal")
     mgu(15, first, 8, False)

@@ -60,10 +60,10 @@ def start(script, *args, folder, limit=None, before="", **env):
 
 def finish(p, folder, rank=""):
     """Wait for a process; its exit status, stdout and stderr."""
-    p.join(120)
+    p.join(300)
     if p.exitcode is None:
         p.kill()
-        raise TimeoutError(f"still running after 120 s in {folder}: {Path(folder, f'stderr{rank}').read_text()}")
+        raise TimeoutError(f"still running after 300 s in {folder}: {Path(folder, f'stderr{rank}').read_text()}")
     return SimpleNamespace(code=p.exitcode, out=Path(folder, f"stdout{rank}").read_text(),
                            err=Path(folder, f"stderr{rank}").read_text())
 

@@ -379,3 +379,18 @@ def test_a_checkpoint_says_which_heads_it_has(tmp_path):
     common.save_checkpoint(tmp_path / "x.pt", dict(old, model=f.state_dict(), **facts))
     g = common.load_checkpoint(tmp_path / "x.pt")[0]
     assert g.classifier_name == "linear" and g.outlier is None
+
+
+@pytest.mark.parametrize("small,size", [((9, 16), (72, 128)), ((6, 6), (23, 40)), ((27, 48), (108, 192)),
+                                        ((1, 1), (7, 9)), ((12, 7), (5, 3))])
+def test_gradient_of_upsampling(small, size):
+    """Aᵀ g B, which MGU takes on a GPU, is what autograd makes of F.interpolate; float64, and by finite differences."""
+    x = torch.randn(2, 3, *small, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 3, *size, dtype=torch.float64)
+    out = common.Bilinear.apply(x, size)
+    expected = torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+    assert torch.equal(out, expected)
+    found, other = (torch.autograd.grad((o * g).sum(), x)[0] for o in (out, expected))
+    torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-13)
+    if x.numel() < 300:
+        assert torch.autograd.gradcheck(lambda x: common.Bilinear.apply(x, size), x)

@@ -73,50 +73,116 @@ CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, change
     ("unknown-all", "D_s = all of I_ỹ", "plain5", {"unknown": "all"})))]
 
 # The related systems: (checkpoint to evaluate, the stages that make it, flags of evaluate.py, {score: (row, label)}). A
-# stage: (script, what it makes, flags); PATCHES and EPOCHS stand for --patches and for as many steps as the recipe has
+# stage: (script, what it makes, flags); without --ckpt among them it starts from pretrained.pt. PATCHES, EPOCHS (for as
+# many steps as the recipe has, N EPOCHS for N times as many) and ALL (the pretrained models of all seeds) are filled
+# in. Where a --deadline cuts the study off, its end is what is missing
 PASTE = {"patches": "PATCHES", "epochs": "EPOCHS"}
+AUXILIARY = ("mgu_generate.py", "auxiliary", {})
+MASKS = ("pretrain.py", "m2f.pt", {"arch": "mask2former"})
+MASKS_AUXILIARY = ("mgu_generate.py", "auxiliary_m2f", {"ckpt": "m2f.pt"})
+ON_MASKS = {"ckpt": "m2f.pt", "aux": "auxiliary_m2f"}
+COSINE = ("pretrain.py", "cosine.pt", {"classifier": "cosine"})
+GENERATOR = ("finetune.py", "generator.pt", {"synthesis": ()})
+
+
+def tuned(name, *, before=(), **flags):
+    """The stages that end with NAME.pt, written by finetune.py with these flags."""
+    return [*before, ("finetune.py", f"{name}.pt", {k.replace("_", "-"): v for k, v in flags.items()})]
+
+
+def pasting(name, method, **flags):
+    return tuned(name, method=method, **flags, **PASTE)
+
+
 SYSTEMS = [
     ("pretrained.pt", [], {}, {
         "msp": ("msp", "MSP"), "entropy": ("entropy", "entropy"), "maxlogit": ("maxlogit", "max logit"),
         "energy": ("energy", "energy"), "knn": ("knn", "dense kNN"), "cknn": ("cknn", "dense kNN with energy")}),
-    ("recipe.pt", [("mgu_generate.py", "auxiliary", {}), ("finetune.py", "recipe.pt", {"aux": "auxiliary"})], {}, {
+    ("recipe.pt", tuned("recipe", before=[AUXILIARY], aux="auxiliary"), {}, {
         "msp": ("recipe", "**MGU + AaFt**, the recipe"), "entropy": ("recipe_entropy", "MGU + AaFt, entropy"),
         "knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
-    ("clean.pt", [("mgu_generate.py", "auxiliary", {}),
-                  ("finetune.py", "clean.pt", {"aux": "auxiliary", "images": "clean"})], {}, {
+    ("clean.pt", tuned("clean", before=[AUXILIARY], aux="auxiliary", images="clean"), {}, {
         "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
-    ("dh_mgu.pt", [("mgu_generate.py", "auxiliary", {}),
-                   ("finetune.py", "dh_mgu.pt", {"method": "densehybrid", "negatives": "mgu", "aux": "auxiliary"})],
-     {}, {
+
+    # part one: DenseHybrid, noisy negatives, Real NVP
+    ("dh_mgu.pt", tuned("dh_mgu", before=[AUXILIARY], method="densehybrid", negatives="mgu", aux="auxiliary"), {}, {
         "hybrid": ("dh_mgu", "DenseHybrid on MGU's D_s")}),
-    ("dh_paste.pt", [("finetune.py", "dh_paste.pt", {"method": "densehybrid"} | PASTE)], {}, {
+    ("dh_paste.pt", pasting("dh_paste", "densehybrid"), {}, {
         "hybrid": ("dh_paste", "DenseHybrid, pasted cut-outs"), "msp": ("dh_paste_msp", "the same, MSP")}),
-    ("dh_off.pt", [("finetune.py", "dh_off.pt", {"method": "densehybrid", "paste-control": "off"} | PASTE)], {}, {
+    ("dh_off.pt", pasting("dh_off", "densehybrid", paste_control="off"), {}, {
         "msp": ("dh_off", "control: pasted cut-outs without D_s, MSP")}),
-    ("dh_inlier.pt", [("finetune.py", "dh_inlier.pt", {"method": "densehybrid", "paste-control": "inlier"} | PASTE)],
-     {}, {
+    ("dh_inlier.pt", pasting("dh_inlier", "densehybrid", paste_control="inlier"), {}, {
         "hybrid": ("dh_inlier", "control: D_s = pieces of training images")}),
-    ("noisy.pt", [("finetune.py", "noisy.pt", {"method": "noisy"} | PASTE)], {}, {
-        "outlier": ("noisy", "noisy negatives, outlier head"), "outlier_msp": ("noisy_msp", "noisy negatives × MSP")}),
-    ("rnvp.pt", [("finetune.py", "rnvp.pt", {"method": "rnvp", "epochs": "EPOCHS"})], {}, {
+    ("noisy.pt", pasting("noisy", "noisy"), {}, {
+        "outlier": ("noisy", "noisy negatives, outlier head"), "outlier_msp": ("noisy_msp", "noisy negatives × MSP"),
+        "msp": ("noisy_plain", "the same, MSP")}),
+    ("noisy_inlier.pt", pasting("noisy_inlier", "noisy", paste_control="inlier"), {}, {
+        "outlier_msp": ("noisy_inlier", "control: negatives = pieces of training images")}),
+    ("rnvp.pt", tuned("rnvp", method="rnvp", epochs="EPOCHS"), {}, {
         "msp": ("rnvp", "Real NVP outliers, MSP"), "entropy": ("rnvp_entropy", "Real NVP outliers, entropy")}),
-    ("rnvp_no.pt", [("finetune.py", "rnvp_no.pt", {"method": "rnvp", "flow-border": "no", "epochs": "EPOCHS"})], {}, {
+    ("rnvp_no.pt", tuned("rnvp_no", method="rnvp", flow_border="no", epochs="EPOCHS"), {}, {
         "msp": ("rnvp_no", "control: the loss does not reach the flow"),
         "entropy": ("rnvp_no_entropy", "the same, entropy")}),
-    ("cosine.pt", [("pretrain.py", "cosine.pt", {"classifier": "cosine"})], {}, {
+
+    # part two: PAnS, PGAN, TRADI, DiCNet (dense kNN: above)
+    ("cosine.pt", [COSINE], {}, {
         "cosine": ("pans", "PAnS"), "msp": ("pans_msp", "PAnS's network, MSP")}),
-    ("prototypes.pt", [("finetune.py", "prototypes.pt", {"prototypes": 5})], {}, {
+    ("prototypes.pt", tuned("prototypes", prototypes=5), {}, {
         "cosine": ("pgan", "PGAN (its abstract), 5 images a class")}),
     ("tradi.pt", [("pretrain.py", "tradi.pt", {"tradi": (0.02, 0.02)})], {"tradi": 10}, {
         "msp": ("tradi", "TRADI, 10 samples")}),
-    ("m2f.pt", [("pretrain.py", "m2f.pt", {"arch": "mask2former"})], {}, {
+    ("ALL", [], {}, {"msp": ("ensemble", "control of TRADI: Deep Ensemble of the seeds")}),
+
+    # part three: mask classification (Mask2Anomaly, Maskomaly), SynthCP
+    ("m2f.pt", [MASKS], {}, {
         "msp": ("m2f_msp", "mask classification, MSP"), "maxlogit": ("m2f", "mask classification, max logit"),
         "maskomaly": ("maskomaly", "Maskomaly, rejection alone")}),
-    ("margin.pt", [("mgu_generate.py", "auxiliary", {}),
-                   ("finetune.py", "margin.pt", {"aux": "auxiliary", "loss": "margin"})], {}, {
+    ("margin.pt", tuned("margin", before=[AUXILIARY], aux="auxiliary", loss="margin"), {}, {
         "maxlogit": ("margin", "Mask2Anomaly's loss on MGU's D_s, per-pixel head, max logit"),
         "msp": ("margin_msp", "the same, MSP")}),
+    ("m2f_recipe.pt", tuned("m2f_recipe", before=[MASKS, MASKS_AUXILIARY], **ON_MASKS), {}, {
+        "msp": ("m2f_recipe", "mask classification, MGU + AaFt, MSP"),
+        "maxlogit": ("m2f_recipe_max", "the same, max logit")}),
+    ("m2f_margin.pt", tuned("m2f_margin", before=[MASKS, MASKS_AUXILIARY], loss="margin", **ON_MASKS), {}, {
+        "maxlogit": ("m2f_margin", "Mask2Anomaly: its loss on MGU's D_s, max logit")}),
+    ("pretrained.pt", [GENERATOR], {"generator": "generator.pt"}, {"synthcp": ("synthcp", "SynthCP, threshold 0.999")}),
+
+    # and what else a reader of those rows asks for
+    ("cosine_recipe.pt", tuned("cosine_recipe", before=[COSINE, ("mgu_generate.py", "auxiliary_cosine",
+                                                                 {"ckpt": "cosine.pt"})],
+                               ckpt="cosine.pt", aux="auxiliary_cosine"), {}, {
+        "cosine": ("pans_recipe", "PAnS, MGU + AaFt")}),
+    ("prototypes_one.pt", tuned("prototypes_one", prototypes=1), {}, {
+        "cosine": ("pgan_one", "PGAN, 1 image a class")}),
+    ("m2f.pt", [MASKS, MASKS_AUXILIARY], {"queries-from": "auxiliary_m2f"}, {
+        "maskomaly": ("maskomaly_queries", "Maskomaly, anomaly queries found on MGU's D_s")}),
+    ("pretrained.pt", [GENERATOR], {"generator": "generator.pt", "synthcp-threshold": 1}, {
+        "synthcp": ("synthcp_1", "SynthCP, threshold 1 (the comparison alone)")}),
+    ("pretrained.pt", [GENERATOR], {"generator": "generator.pt", "synthcp-threshold": 0.9}, {
+        "synthcp": ("synthcp_0.9", "SynthCP, threshold 0.9")}),
+    ("pretrained.pt", tuned("student", distill=(), epochs="EPOCHS"), {"student": "student.pt"}, {
+        "dicnet": ("dicnet", "DiCNet, as many steps as the recipe")}),
+    ("pretrained.pt", tuned("student_4", distill=(), epochs="4 EPOCHS"), {"student": "student_4.pt"}, {
+        "dicnet": ("dicnet_4", "DiCNet, 4 times as many")}),
+    ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {
+        "msp": ("pasted_kl", "AaFt on pasted cut-outs")}),
+    ("dh_flow.pt", tuned("dh_flow", method="densehybrid", negatives="flow", paste_range=(0.04, 0.42), epochs="EPOCHS"),
+     {}, {"hybrid": ("dh_flow", "DenseHybrid on samples of the flow")}),
+    ("dh_decoy.pt", pasting("dh_decoy", "densehybrid", paste_control="decoy"), {}, {
+        "hybrid": ("dh_decoy", "DenseHybrid, beside each cut-out a piece that is known")}),
+    ("noisy_frozen.pt", pasting("noisy_frozen", "noisy", bn="frozen"), {}, {
+        "outlier_msp": ("noisy_frozen", "noisy negatives × MSP, frozen batch norm")}),
+    ("rnvp_js.pt", tuned("rnvp_js", method="rnvp", loss="js", epochs="EPOCHS"), {}, {
+        "msp": ("rnvp_js", "Real NVP outliers, Jensen-Shannon divergence, MSP")}),
+    ("m2f_global.pt", [("pretrain.py", "m2f_global.pt", {"arch": "mask2former", "attention": "global"})], {}, {
+        "maxlogit": ("m2f_global", "mask classification with Mask2Anomaly's global attention, max logit")}),
+    ("m2f_margin_published.pt", tuned("m2f_margin_published", before=[MASKS, MASKS_AUXILIARY], loss="margin",
+                                      margin_published=(), **ON_MASKS), {}, {
+        "maxlogit": ("m2f_margin_published", "Mask2Anomaly's loss as published, max logit")}),
+    ("pretrained.pt", tuned("student_16", distill=(), epochs="16 EPOCHS"), {"student": "student_16.pt"}, {
+        "dicnet": ("dicnet_16", "DiCNet, 16 times as many")}),
 ]
+FIRST_SEED = ("ensemble", "dicnet", "dicnet_4", "dicnet_16")    # rows of one seed
 STUDIES = {"choice": CHOICE, "main": MAIN,
            "quick": [MSP, ("recipe", "**the recipe**", "default", {})],
            "systems": [(*row, None, {}) for *_, scores in SYSTEMS for row in scores.values()]}
@@ -166,26 +232,30 @@ def graph(study, args):
             ["--data", data, "--root", roots[data], "--seed", seed, *training],
             runs / data / str(seed), ready[data], "pretrained.pt")
     for ckpt, stages, flags, scores in SYSTEMS if study == "systems" else ():
+        first, _ = next(iter(scores.values()))
         for data, seed in pairs:
-            folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
-            about, told = dict(data=data, seed=seed, test=f"systems_{data}", set=None), []
-            words = {"PATCHES": Path(args.patches or "patches").resolve(), "EPOCHS": PASTED_EPOCHS[data]}
+            if first in FIRST_SEED and seed != args.seeds[0]:
+                continue
+            folder, told, needs, ckpts = runs / data / str(seed), [], [f"{data}/{seed}/pretrain"], [ckpt]
+            if ckpt == "ALL":
+                needs = [f"{data}/{s}/pretrain" for s in args.seeds]
+                ckpts = [runs / data / str(s) / "pretrained.pt" for s in args.seeds]
             for script, makes, changes in stages:
-                changed = as_flags({k: words.get(v, v) if isinstance(v, str) else v for k, v in changes.items()})
+                source = ["--data", data, "--root", roots[data]] if script == "pretrain.py" else \
+                    [] if "ckpt" in changes else ["--ckpt", "pretrained.pt"]
+                filled = as_flags({k: fill(v, args.patches, PASTED_EPOCHS[data]) for k, v in changes.items()})
                 told += as_flags(changes)
-                source = ["--ckpt", "pretrained.pt"]
-                if script == "pretrain.py":
-                    source = ["--data", data, "--root", roots[data]]
-                whole = makes + "/manifest.json" * (script == "mgu_generate.py")
                 model = add(f"{data}/{seed}/systems_{makes}", script,
-                            [*source, *changed, "--seed", seed, "--out", makes,
-                             *(common if script == "mgu_generate.py" else training)], folder,
-                            list(dict.fromkeys([model, f"{data}/{seed}/pretrain"])), whole)
-            out = f"results_systems_{ckpt.removesuffix('.pt')}"
+                            [*source, *filled, "--seed", seed, "--out", makes,
+                             *(common if script == "mgu_generate.py" else training)],
+                            folder, needs, makes + "/manifest.json" * (script == "mgu_generate.py"))
+                needs = [*needs, model]
+            out = f"results_systems_{first}"
             add(f"{data}/{seed}/{out}", "evaluate.py",
-                ["--ckpt", ckpt, "--root", roots[data], "--score", *scores, *as_flags(flags), "--panels", 0,
-                 "--out", out, *common, *reading], folder, [model], f"{out}/results.json",
-                dict(about, flags=" ".join(told), scores={s: row for s, (row, _) in scores.items()}))
+                ["--ckpt", *ckpts, "--root", roots[data], "--score", *scores, *as_flags(flags), "--panels", 0,
+                 "--out", out, *common, *reading], folder, needs, f"{out}/results.json",
+                dict(data=data, seed=seed, test=f"systems_{data}", set=None, flags=" ".join(told + as_flags(flags)),
+                     scores={s: row for s, (row, _) in scores.items()}))
     for row, label, aux, changes in STUDIES[study] if study != "systems" else ():
         for data, seed in pairs:
             folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
@@ -207,8 +277,17 @@ def graph(study, args):
     return nodes
 
 
+def fill(value, patches, epochs):
+    """The value of a flag, with the words of SYSTEMS filled in."""
+    if value == "PATCHES":
+        return Path(patches or "patches").resolve()
+    if isinstance(value, str) and value.endswith("EPOCHS"):
+        return epochs * int(value.removesuffix("EPOCHS") or 1)
+    return value
+
+
 def as_flags(settings):
-    """{"alpha": 0.3} → ["--alpha", "0.3"]; a tuple is several values."""
+    """{"alpha": 0.3} → ["--alpha", "0.3"]; a tuple is several values, or none."""
     return [text for name, value in settings.items()
             for text in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))]
 
