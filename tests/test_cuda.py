@@ -160,7 +160,7 @@ def runs(works, small, tmp_path_factory):
         mgu_cpu = futures["mgu cpu"].result()
         assert mgu_cpu.code == 0, mgu_cpu.err
         tune = ("finetune.py", "--ckpt", ckpt, *root, "--aux", mgu_cpu.folder / "set", "--epochs", 2, "--batch-size", 4,
-                "--bn", "frozen", "--loss", "er", "--alpha", 0.05, "--save-every", 0)
+                "--bn", "frozen", "--loss", "er", "--alpha", 0.05, "--lr", 1e-6, "--save-every", 0)
         for name, job in {"tune": ((*tune, *gpu, "--precision", "float32"), FLOAT32),
                           "tune cpu": ((*tune, *cpu), FLOAT32),
                           "tune bf16": ((*tune, *gpu, "--precision", "bf16"), BF16)}.items():
@@ -282,15 +282,14 @@ def test_mgu_again(runs):
 
 
 def test_first_losses_of_fine_tuning(runs):
-    """Eq. 5 with both terms; frozen batch norm keeps rounding errors small in the first steps. L_ER is steep near
-    one-hot, and Adam divides by |g|: on a GPU a loss of 32 was 36 after eight steps in float32."""
+    """Eq. 5 with both terms, frozen batch norm. A small rate, for L_ER is steep near one-hot and Adam divides by |g|: at
+    1e-4 a loss of 32 was 36 on a GPU after eight steps in float32, and one of 26 was 41 in bf16 on a CPU."""
     expected, found, bf16 = (losses(runs(n).folder, "ft") for n in ("tune cpu", "tune", "tune bf16"))
     assert len(expected) == len(found) == len(bf16) >= 4
+    print("float32", np.abs(found / expected - 1).max(), "bf16", np.abs(bf16 / expected - 1).max())
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
-    np.testing.assert_allclose(found[:4], expected[:4], rtol=5e-3)
-    np.testing.assert_allclose(found, expected, rtol=0.3)
-    np.testing.assert_allclose(bf16[:4], expected[:4], rtol=0.3)
-    np.testing.assert_allclose(bf16, expected, rtol=0.5)
+    np.testing.assert_allclose(found, expected, rtol=5e-3)
+    np.testing.assert_allclose(bf16, expected, rtol=0.1)
 
 
 def test_scores_and_metrics(runs):
