@@ -122,7 +122,7 @@ SYSTEMS = [
         "msp": ("rnvp", "Real NVP outliers, MSP"), "entropy": ("rnvp_entropy", "Real NVP outliers, entropy")}),
     ("rnvp_no.pt", tuned("rnvp_no", method="rnvp", flow_border="no", epochs="EPOCHS"), {}, {
         "msp": ("rnvp_no", "control: the loss does not reach the flow"),
-        "entropy": ("rnvp_no_entropy", "the same, entropy")}),
+        "entropy": ("rnvp_no_entropy", "control: the loss does not reach the flow, entropy")}),
 
     # part two: PAnS, PGAN, TRADI, DiCNet (dense kNN: above)
     ("cosine.pt", [COSINE], {}, {
@@ -163,7 +163,7 @@ SYSTEMS = [
     ("pretrained.pt", tuned("student", distill=(), epochs="EPOCHS"), {"student": "student.pt"}, {
         "dicnet": ("dicnet", "DiCNet, as many steps as the recipe")}),
     ("pretrained.pt", tuned("student_4", distill=(), epochs="4 EPOCHS"), {"student": "student_4.pt"}, {
-        "dicnet": ("dicnet_4", "DiCNet, 4 times as many")}),
+        "dicnet": ("dicnet_4", "DiCNet, 4 times as many steps")}),
     ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {
         "msp": ("pasted_kl", "AaFt on pasted cut-outs")}),
     ("dh_flow.pt", tuned("dh_flow", method="densehybrid", negatives="flow", paste_range=(0.04, 0.42), epochs="EPOCHS"),
@@ -180,7 +180,7 @@ SYSTEMS = [
                                       margin_published=(), **ON_MASKS), {}, {
         "maxlogit": ("m2f_margin_published", "Mask2Anomaly's loss as published, max logit")}),
     ("pretrained.pt", tuned("student_16", distill=(), epochs="16 EPOCHS"), {"student": "student_16.pt"}, {
-        "dicnet": ("dicnet_16", "DiCNet, 16 times as many")}),
+        "dicnet": ("dicnet_16", "DiCNet, 16 times as many steps")}),
 ]
 FIRST_SEED = ("ensemble", "dicnet", "dicnet_4", "dicnet_16")    # rows of one seed
 STUDIES = {"choice": CHOICE, "main": MAIN,

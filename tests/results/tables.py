@@ -8,6 +8,7 @@
     <!-- table mgu toy_b -->…<!-- /table -->               the auxiliary sets that were used for a test set
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
+    <!-- table systems short -->…<!-- /table -->           the related systems on both data sets, one row each
     <!-- table real pooled -->…<!-- /table -->             models on test sets of real unknowns (real.json); or objects
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
@@ -174,6 +175,30 @@ def hardware(test):
     return "".join(f"* {device}: {len(dates)} rows, {min(dates)} to {max(dates)}\n" for device, dates in used.items())
 
 
+# One row of each system and the controls that it needs: the main README's table
+SHORT = ("entropy", "energy", "knn", "cknn", "recipe", "recipe_entropy", "recipe_knn", "clean", "dh_mgu", "dh_paste",
+         "dh_inlier", "noisy_msp", "rnvp_entropy", "rnvp_no_entropy", "pans", "pans_recipe", "pgan", "tradi", "ensemble",
+         "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "margin", "maskomaly_queries", "synthcp")
+
+
+def systems(tests, rows):
+    """Toy beside CamVid: factor of pooled AUPR over MSP of the same seed, points of FPR95 and mIoU against it."""
+    lines, both = [], [tests.get(f"systems_{data}") for data in ("toy", "camvid")]
+    for name, label, *_ in experiments.STUDIES["systems"][1:]:
+        if rows == "short" and name not in SHORT:
+            continue
+        cells = []
+        for test in both:
+            factors = against_msp(test, name, "pooled", "aupr") if test else []
+            gains = [against_msp(test, name, *of, factor=False) if test else []
+                     for of in (("pooled", "fpr95"), ("miou",))]
+            cells += [f"× {mean(factors)} ({', '.join(f'{v:.2f}' for v in factors)})", *(mean(g, "{:+.1f}") for g in gains)
+                      ] if factors else [ABSENT, "", ""]
+        lines.append([label, *cells])
+    return lines_of(["against MSP of the same seed", "toy: AUPR (by seed)", "FPR95", "mIoU", "CamVid: AUPR (by seed)",
+                     "FPR95", "mIoU"], lines)
+
+
 def choice(tests, data):
     """Per stage of the rule the rows that have run: factor of AUPR, points of mIoU; bold: the one that it takes."""
     rows = [r for test in tests.values() if test.get("study") == "choice" for r in test["rows"].values()]
@@ -203,6 +228,8 @@ def table(tests, words):
     kind, name = words.split()
     if kind == "choice":
         return choice(tests, name)
+    if kind == "systems":
+        return systems(tests, name)
     if kind == "real":
         return real(tests["real"], name) if "real" in tests else f"{ABSENT}\n"
     make = {"results": results, "factors": factors, "mgu": mgu, "hardware": hardware}[kind]
