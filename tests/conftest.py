@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"   # looking for a GPU must not start CUDA here
+if "PYTEST_XDIST_WORKER" in os.environ:              # a core for each of them
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
