@@ -95,6 +95,8 @@ def parse():
     g.add_argument("--tta", nargs="*", type=common.real(0, above=True), metavar="SCALE",
                    help="average over mirrored images and, if named, over these scales (default: off)")
     g = p.add_argument_group("metrics beyond the paper's")
+    g.add_argument("--per-image", action="store_true",
+                   help="AUPR and FPR95 of each image that holds both kinds of pixel, in results.json (default: off)")
     g.add_argument("--components", nargs="*", type=common.whole(), metavar="PIXELS",
                    help="objects as SegmentMeIfYouCan counts them: sIoU, PPV, mean F1; the smallest object and the "
                    "smallest prediction that count (default of both: 100 500, or the dataset's)")
@@ -952,6 +954,12 @@ def assess(models, scenes, checkpoints, calibrated, args, device):
         protocol["objects"] = f"at least {smallest[0]} pixels; predictions of at least {smallest[1]}"
     classes = next(iter(checkpoints.values()))["classes"]
     rows = table_rows(tallies, marked, calibrated, order, classes, args)
+    if args.per_image:
+        files = {i: shown(Path(os.path.relpath(scenes.name(i), scenes.root)).as_posix()) for i in both}
+        for row in rows:
+            found = tallies[row["model"]].images
+            row["images"] = {files[i]: {k: round(found[i][row["score"]][k], 4) for k in ("aupr", "fpr95")}
+                             for i in both}
     curves = [tallies[r["model"]].histograms[r["score"]].curve() for r in rows] if rows[0]["pooled"] else None
     return dict(protocol=protocol, rows=rows, curves=curves, counts=counts,
                 flagged={label: tally.threshold for label, tally in tallies.items()})

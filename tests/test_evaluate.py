@@ -18,7 +18,7 @@ from torch import nn
 
 import common
 import evaluate
-from runner import NO_FIGURES, finish, run, run_ok, start, wait_for
+from runner import NO_FIGURES, finish, run, run_ok, run_ranks, start, wait_for
 
 
 def literal_crf(log_S, iterations, sigma_xy, sigma_p, compat, radius, stride):
@@ -443,6 +443,27 @@ def test_checkpoints_of_one_name(small, tmp_path):
     assert found["rows"][0]["pooled"] == found["rows"][1]["pooled"], "one file, two names"
     done = tried(small, "--ckpt", "run0/ft.pt", "./run0/ft.pt", folder=tmp_path, ok=False)
     one_error(done, "name is taken by run0/ft.pt")
+
+
+def test_numbers_of_every_image(small, tmp_path):
+    """--per-image: a row's mean is that of its images; the same bytes for any batch size and number of ranks; without
+    the flag, the file is the same but for them."""
+    flags = ("--ckpt", small / "pretrained.pt", "--score", "msp", "entropy", "--panels", 0)
+    tried(small, *flags, folder=tmp_path)
+    run_ok("evaluate.py", *flags, "--per-image", "--batch-size", 1, "--out", "one", folder=tmp_path)
+    run_ok("evaluate.py", *flags, "--per-image", "--batch-size", 8, "--workers", 3, "--out", "many", folder=tmp_path)
+    run_ranks("evaluate.py", *flags, "--per-image", "--out", "ranks", folder=tmp_path)
+    one, many, ranks = ((tmp_path / out / "results.json").read_bytes() for out in ("one", "many", "ranks"))
+    assert one == many == ranks
+    found = results(tmp_path / "one")
+    scenes = common.Scenes("toy", small / "toy", "test")
+    for row in found["rows"]:
+        images = row.pop("images")
+        assert list(images) == [f"test/images/test/{Path(scenes.name(i)).parent.name}/{Path(scenes.name(i)).name}"
+                                for i in range(len(scenes))]
+        for key in ("aupr", "fpr95"):
+            assert row["per_image"][key] == pytest.approx(np.mean([m[key] for m in images.values()]), abs=1e-4)
+    assert found == results(tmp_path / "results")
 
 
 def test_environment_names_versions_and_the_device(small, tmp_path):
