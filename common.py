@@ -1030,6 +1030,25 @@ def to_input(image, device=None):
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
+def add_with_rms(x, moved):
+    """x + c · moved, rounded and clipped to 0..255, with the c whose result differs from x by the RMS of `moved`.
+
+    X' − X itself never leaves 0..255 (MGU clamps), but shuffled or turned over it does: the control would be weaker.
+    Clipping takes away some of c · moved, the more the larger c is: c ← c · (RMS asked) / (RMS found) rises to the
+    c that is sought. Where rounding or saturation forbid it: the nearest found. x, moved (n, 3) → uint8 (n, 3)."""
+    rms = lambda d: float(np.sqrt(np.mean(d**2))) if d.size else 0.0
+    asked, c, best = rms(moved), 1.0, None
+    for _ in range(20):
+        result = (x + c * moved).round().clip(0, 255)
+        found = rms(result - x)
+        if best is None or abs(found - asked) < abs(rms(best - x) - asked):
+            best = result
+        if abs(found - asked) <= 1e-3 * asked or found == 0:
+            break
+        c *= asked / found
+    return best.astype(np.uint8)
+
+
 # ──────────────────────────────────────────────── files ────────────────────────────────────────────────
 
 @contextlib.contextmanager
@@ -1100,7 +1119,8 @@ SAMPLE = {   # an auxiliary sample: key → (type, number of dimensions); what t
 
 
 def load_sample(path):
-    """An auxiliary sample as a dict of arrays, those of SAMPLE. Never unpickles, and looks at these keys only.
+    """An auxiliary sample as a dict of arrays, those of SAMPLE and, of an augmented X, `original`: X, as `image`. Never
+    unpickles, and looks at these keys only.
 
     Raises InputError where the file is none, or claims to be larger than 2 GiB."""
     try:
@@ -1109,14 +1129,15 @@ def load_sample(path):
         if size > 1 << 31:   # no sample of up to 400 megapixels is
             raise ValueError(f"{size >> 20} MiB when decompressed")
         with np.load(path, allow_pickle=False) as file:
-            if {*file.files} != SAMPLE.keys():
+            if {*file.files} - {"original"} != SAMPLE.keys():
                 raise ValueError(f"has the keys {', '.join(file.files)}, not {', '.join(SAMPLE)}")
-            sample = {k: file[k] for k in SAMPLE}
-        for k, (kind, dimensions) in SAMPLE.items():
+            sample = {k: file[k] for k in file.files}
+        for k in sample:
+            kind, dimensions = SAMPLE["image" if k == "original" else k]
             if not np.issubdtype(sample[k].dtype, kind) or sample[k].ndim != dimensions:
                 raise ValueError(f"{k} is {sample[k].dtype} of {sample[k].ndim} dimensions")
         size = sample["label"].shape
-        if sample["image"].shape != (*size, 3) or sample["unknown"].shape != size or not sample["history"].size:
+        if any(sample[k].shape != (*size, 3) for k in {"image", "original"} & {*sample}) or sample["unknown"].shape != size or not sample["history"].size:
             raise ValueError("other shapes")
         if sample["format"] != FORMAT:
             raise ValueError(f"format {sample['format']}; this version reads format {FORMAT}")

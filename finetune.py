@@ -16,6 +16,8 @@ Controls, which the paper lacks: what does the direction of MGU add, and what it
     --images sign      every value of X' − X with a random sign: its size and place without its direction
     --images still     X, with the same D_s: the place alone
     --images clean     X, without D_s: L_k alone, on the images that the set was made from
+    --any-model        X' of another model: its size, and the direction of another f (--aux)
+    --images aux       with a set of mgu_generate.py --ascent: its size and place, up the gradient
     --alpha 0          L_k alone, on the auxiliary images
 noise and sign are scaled so that their RMS over D_s is that of X' − X after clipping to 0..255 and rounding.
 
@@ -67,6 +69,9 @@ def parse():
     g.add_argument("--mix", choices=("none", "clean", "train"),
                    help="known images beside the auxiliary ones, as many: clean: the X that each was made from; train: "
                         "of the whole training split, augmented as in pretraining (ours: none; toy, camvid: clean)")
+    g.add_argument("--any-model", action="store_true", default=None,
+                   help="control: take a set that was made with another checkpoint of the same classes: D_s lies behind "
+                        "the boundaries of another f (default: such a set is refused)")
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS",
                    help="no auxiliary set: D_s is the pixels of these classes in the training images, and the other "
                         "pixels are D_k (Sec. IV-C)")
@@ -153,7 +158,7 @@ def checked(p, args):
 
 EQ5 = ("loss", "alpha", "gamma")
 SOURCES = {   # where D_s comes from, or what is trained without one: the flags that it reads
-    "mgu": ("negatives", "unknown", "images", "mix", *EQ5),
+    "mgu": ("negatives", "unknown", "images", "mix", "any_model", *EQ5),
     "known-unknown": EQ5,
     "paste": ("negatives", "patches", "cut", "paste_range", "pure", "paste_control", *EQ5),
     "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
@@ -221,7 +226,7 @@ class AuxiliarySet(torch.utils.data.Dataset):
         if not source.is_file():
             raise common.InputError(f"{source}: no such file; {path} was made from it: "
                                     "expected the folder of the dataset, say where it is with --root")
-        X, X_aux = common.read_image(source), sample["image"]
+        X, X_aux = sample["original"] if "original" in sample else common.read_image(source), sample["image"]
         if X.shape != X_aux.shape or ((X != X_aux).any(2) & (sample["label"] != sample["y"])).any():
             raise common.InputError(f"{source}: not the image that {path} was made from; "
                                     "expected the same dataset, say where it is with --root")
@@ -267,36 +272,18 @@ def control(images, X, X_aux, D_s, rng):
     else:                                                        # clean, still
         return X
     image = X.copy()
-    image[D_s] = add_with_rms(X[D_s].astype(np.float64), moved)
+    image[D_s] = common.add_with_rms(X[D_s].astype(np.float64), moved)
     return image
-
-
-def add_with_rms(x, moved):
-    """x + c · moved, rounded and clipped to 0..255, with the c whose result differs from x by the RMS of `moved`.
-
-    X' − X itself never leaves 0..255 (MGU clamps), but shuffled or turned over it does: the control would be weaker.
-    Clipping takes away some of c · moved, the more the larger c is: c ← c · (RMS asked) / (RMS found) rises to the
-    c that is sought. Where rounding or saturation forbid it: the nearest found. x, moved (n, 3) → uint8 (n, 3)."""
-    rms = lambda d: float(np.sqrt(np.mean(d**2))) if d.size else 0.0
-    asked, c, best = rms(moved), 1.0, None
-    for _ in range(20):
-        result = (x + c * moved).round().clip(0, 255)
-        found = rms(result - x)
-        if best is None or abs(found - asked) < abs(rms(best - x) - asked):
-            best = result
-        if abs(found - asked) <= 1e-3 * asked or found == 0:
-            break
-        c *= asked / found
-    return best.astype(np.uint8)
 
 
 def auxiliary_data(args, checkpoint, root):
     """(AuxiliarySet, what it was made from as plain values). InputError where it belongs to another checkpoint: the
-    pixels of D_s lie behind the boundaries of the f that they were made with (Sec. III-B), of no other."""
+    pixels of D_s lie behind the boundaries of the f that they were made with (Sec. III-B), of no other. --any-model
+    lets that pass, but for another list of classes, whose labels are others."""
     data = AuxiliarySet(args.aux, root, args.seed, args.unknown, args.images, clean=args.mix == "clean")
     path = Path(args.aux) / "manifest.json"
     made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
-    if made_with != ckpt:
+    if made_with != ckpt and not (args.any_model and data.manifest.get("classes") == checkpoint["classes"]):
         raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}) than {args.ckpt} "
                                 f"({ckpt}); run mgu_generate.py --ckpt {args.ckpt} --out another-folder")
     first = common.load_sample(data.name(0))
@@ -529,23 +516,9 @@ def cover(image, mask, shape, rng):
     return image[at].copy(), mask[at].copy()
 
 
-def training_scenes(args, checkpoint, root):
-    """The training split as pretraining saw it: in its crop and scale."""
-    usual = pretrained_with(checkpoint)
-    with common.first_rank_first():
-        return pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"],
-                                       usual["scale"], args.seed)
-
-
-def pretrained_with(checkpoint):
-    """The settings of pretraining; a fine-tuned f does not tell them, and has the defaults of its data."""
-    recipe = common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})
-    return {**common.OURS["pretrain"], **recipe, **checkpoint["settings"]}
-
-
 def pasted_data(args, checkpoint, root):
     """(Pasted, what it was made from)."""
-    data = Pasted(training_scenes(args, checkpoint, root), args.patches, args.seed, args.cut, args.paste_range,
+    data = Pasted(pretrain.training_scenes(args, checkpoint, root), args.patches, args.seed, args.cut, args.paste_range,
                   args.pure, args.paste_control)
     common.say(f"{len(data)} images, D_s = patches of {len(data.patches)} images in {args.patches}")
     return data, dict(aux=data.identity(), train=None)
@@ -559,7 +532,7 @@ def pasted_data(args, checkpoint, root):
 
 def flow_data(args, checkpoint, root):
     """(the training images, what they are). Makes of --flow-steps whole epochs and adds them to args.epochs."""
-    data = training_scenes(args, checkpoint, root)
+    data = pretrain.training_scenes(args, checkpoint, root)
     n_steps = len(data) // min(args.batch_size, len(data))
     first = -(-args.flow_steps // n_steps)
     args.flow_steps, args.epochs = first * n_steps, first + args.epochs
@@ -681,11 +654,11 @@ def distill(args, f, checkpoint, root, device):
     minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
     ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
     map of the student that is coarser than f's is upsampled bilinearly."""
-    scenes = training_scenes(args, checkpoint, root)
+    scenes = pretrain.training_scenes(args, checkpoint, root)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     student = common.bare(common.Segmenter(f.arch, args.student_backbone, f.num_classes, f.width))
-    pretrain.load_backbone(student, "none" if pretrained_with(checkpoint)["weights"] == "none" else "imagenet")
+    pretrain.load_backbone(student, "none" if pretrain.pretrained_with(checkpoint)["weights"] == "none" else "imagenet")
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
     names = ("student_backbone", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
@@ -748,7 +721,7 @@ def synthesize(args, f, checkpoint, root, device):
 
     ASSUMPTION: pretraining's crops and augmentation, where SynthCP squeezes images to 512×256; its 100 epochs of linear
     decay after 100 constant ones are the schedule "poly"."""
-    data = training_scenes(args, checkpoint, root)
+    data = pretrain.training_scenes(args, checkpoint, root)
     f = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     model = common.Synthesizer(f.backbone_name, f.num_classes, args.generator_width)

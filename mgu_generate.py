@@ -3,12 +3,14 @@
     in     pretrained.pt (--ckpt) and its dataset's training images
     out    auxiliary/CLASS-IMAGE.npz   one sample: image uint8 (H, W, 3) = X'; label uint8 (H, W) = Z; unknown bool
                                        (H, W) = D_s, the flipped pixels; y = ỹ; correct = pixels of I_ỹ that f gets
-                                       right on X; source = X's file; history = |P_ỹ| in each iteration
+                                       right on X; source = X's file; history = |P_ỹ| in each iteration; original = X,
+                                       with --augment alone
            auxiliary/manifest.json     settings, and per class what is stored: flips, confidence, perturbation
            auxiliary/sheets/*.png      contact sheet of each class; |P_ỹ| against the iteration
 
     python mgu_generate.py                                   # from the toy data's pretrained.pt
     python mgu_generate.py --ckpt pretrained.pt --per-class 300 --out auxiliary_300
+    python mgu_generate.py --ascent --out auxiliary_up       # a control of finetune.py's
     torchrun --nproc-per-node 8 mgu_generate.py              # the same set for any number of processes
 
 Algorithm 1, for an image X with labels Z, a class ỹ that occurs in it, and all its pixels Ω:
@@ -45,6 +47,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))   # python -P leaves it out
 import common
+import pretrain
 
 MIN_PIXELS = 64   # ASSUMPTION: an image with fewer pixels of the class is passed over
 
@@ -61,6 +64,10 @@ def parse():
     p.add_argument("--step-size", type=common.real(0, above=True), metavar="η",
                    help="η of Algorithm 1, line 7, for images in [0, 1] (ours: 5; toy: 10)")
     p.add_argument("--max-steps", type=common.whole(), help="iterations after which an image is given up (ours: 80)")
+    p.add_argument("--augment", action="store_true", help="X is a training image as pretraining augments it (scale, "
+                   "crop, flip), a function of --seed and the image (default: off: the image itself)")
+    p.add_argument("--ascent", action="store_true", help="control: in D_s, X moved by as many iterations and the same "
+                   "RMS as X' is, but up the gradient (default: off); what is told of flips is then of this image")
     p.add_argument("--batch-size", type=common.whole(),
                    help="images at once on a device; sets the memory, not the result (ours: 4; toy, camvid: 8)")
     p.add_argument("--precision", choices=("float32", "tf32"),
@@ -194,6 +201,33 @@ def choose(scenes, per_class, seed):
     return jobs
 
 
+def training_image(scenes, y, i, tries=10):
+    """X for class y, as an item of Scenes: training image i; of TrainingScenes the first of its augmentations that
+    leaves MIN_PIXELS pixels of y, or the last of `tries`: a function of (seed, i, y)."""
+    if not isinstance(scenes, pretrain.TrainingScenes):
+        return scenes[i]
+    for k in range(tries):
+        item = scenes[k, i]
+        if (item["label"] == y).sum() >= MIN_PIXELS:
+            break
+    return item
+
+
+def ascended(f, X, I, D_s, X_aux, y, eta, steps, device):
+    """The control --ascent, uint8 (3, H, W): X, but on D_s moved by `steps` iterations of lines 5 to 8 with the other
+    sign (more of ỹ in place of less) and scaled to the RMS that X' − X has there. X, X_aux uint8 (3, H, W); I = I_ỹ,
+    D_s bool (H, W)."""
+    up, y = X[None].float().to(device), torch.tensor([y], device=device)
+    for _ in range(steps):
+        up = update(f, up, I[None].to(device), y, -eta)[1]
+    x, moved, wanted = (v[:, D_s].double().numpy() for v in (X, up[0].cpu(), X_aux))
+    moved, wanted = moved - x, wanted - x
+    scale = np.sqrt(np.mean(wanted**2) / np.mean(moved**2)) if moved.any() else 0
+    image = X.clone()
+    image[:, D_s] = torch.from_numpy(common.add_with_rms(x, scale * moved))
+    return image
+
+
 def sample_name(scenes, y, i):
     """File name of the sample of class y from training image i: "09_car-000017.npz"."""
     return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y])}-{i:06d}.npz"
@@ -219,8 +253,8 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
 
     def job(chosen):                                                     # what mgu() takes; the label goes along
         y, i = chosen
-        item = scenes[i]
-        return (y, i, item["label"]), item["image"], item["label"] == y, y
+        item = training_image(scenes, y, i)
+        return (y, i, item["label"], item["image"]), item["image"], item["label"] == y, y
 
     # Reading takes as long as a few iterations on a GPU, and so does compressing: both run beside them
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(4) as writers:
@@ -228,15 +262,20 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
                     device, tf32)
 
         def samples():                                                   # (path, arrays), as images end
-            for (y, i, label), X_aux, first, history in ended:
+            for (y, i, label, X), X_aux, first, history in ended:
                 image = X_aux.round().to(torch.uint8)
                 flipped = predict(f, image, device)[0] != y
                 D_s = first.numpy() & flipped
+                if args.ascent:
+                    with allow_tf32(tf32):
+                        image = ascended(f_folded, X, label == y, torch.from_numpy(D_s), image, y, args.step_size,
+                                         int(np.argmin(history)), device)
+                original = dict(original=X.permute(1, 2, 0).numpy()) if args.augment else {}
                 yield out / sample_name(scenes, y, i), dict(
                     format=common.FORMAT, image=image.permute(1, 2, 0).numpy(), label=label.numpy(),
                     unknown=D_s, y=y, correct=int(first.sum()),
                     source=Path(os.path.relpath(scenes.name(i), scenes.root)).as_posix(),
-                    history=np.array(history, np.int32))
+                    history=np.array(history, np.int32), **original)
         written = common.ahead(writers, lambda sample: common.save_npz(*sample), samples())
         for _ in common.progress(written, "MGU", total=len(jobs), unit="image"):
             pass
@@ -248,7 +287,8 @@ def measure(f, scenes, jobs, out, device):
     Counts and sums, not means: class_figures() adds them up over the pixels of a class, whichever rank read them."""
     def read(job):
         path = out / sample_name(scenes, *job)
-        return path, common.load_sample(path), scenes.decode(job[1])[0]
+        sample = common.load_sample(path)
+        return path, sample, sample["original"] if "original" in sample else scenes.decode(job[1])[0]
 
     rows = []
     with ThreadPoolExecutor(4) as readers:
@@ -301,7 +341,8 @@ def sheets(f, scenes, jobs, out, device, per_class=3):
         fig, axes = plt.subplots(len(samples), 5, figsize=(13, 1.7 * len(samples) + 0.3), squeeze=False,
                                  constrained_layout=True)
         for row, i, sample in zip(axes, images, samples):
-            sheet_row(row, f, scenes.decode(i)[0], sample, cmap, device)
+            X = sample["original"] if "original" in sample else scenes.decode(i)[0]
+            sheet_row(row, f, X, sample, cmap, device)
         fig.suptitle(f"adversarial class ỹ = {scenes.classes[y]}", fontsize=10)
         with common.replacing(out / "sheets" / f"{sample_name(scenes, y, 0)[:-11]}.png") as temporary:
             fig.savefig(temporary, dpi=110, format="png")
@@ -354,7 +395,8 @@ def main():
     common.say(common.resolve(args, "mgu", checkpoint["data"], f.arch))
     with common.first_rank_first():
         root = common.data_root(args.root, checkpoint)
-        scenes = common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
+        scenes = pretrain.training_scenes(args, checkpoint, root) if args.augment else \
+            common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
         jobs = choose(scenes, args.per_class, args.seed)
     if not jobs:
         raise common.InputError(f"{root}: no training image has {MIN_PIXELS} pixels of any class; "
@@ -369,7 +411,9 @@ def main():
     settings = dict(
         ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(),
         per_class=args.per_class, step_size=args.step_size, max_steps=args.max_steps,
-        precision="tf32" if tf32 else "float32", seed=args.seed, min_pixels=MIN_PIXELS)
+        precision="tf32" if tf32 else "float32", seed=args.seed, min_pixels=MIN_PIXELS,
+        **(dict(augment=[list(scenes.crop), list(scenes.scale)]) if args.augment else {}),
+        **(dict(ascent=True) if args.ascent else {}))
     with common.locked(out / "manifest.json"):
         with common.first_rank_first():
             if common.rank() == 0:

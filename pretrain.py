@@ -660,6 +660,20 @@ def augment(image, label, crop, scale, rng):
     return np.ascontiguousarray(patch), np.ascontiguousarray(ids)
 
 
+def training_scenes(args, checkpoint, root):
+    """The training split as pretraining saw it: in its crop and scale."""
+    usual = pretrained_with(checkpoint)
+    with common.first_rank_first():
+        return TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"],
+                              usual["scale"], args.seed)
+
+
+def pretrained_with(checkpoint):
+    """The settings of pretraining; a fine-tuned f does not tell them, and has the defaults of its data."""
+    recipe = common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})
+    return {**common.OURS["pretrain"], **recipe, **checkpoint["settings"]}
+
+
 def decoded_cache(scenes, folder):
     """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
     source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""

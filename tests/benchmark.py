@@ -199,7 +199,7 @@ def run_mgu(images, batch_size, shape):
     y = int(f(common.to_input(NoiseScenes(shape, 0)[0]["image"][None])).argmax(1).mode().values.mode().values)
     imported = memory(False)
     with tempfile.TemporaryDirectory() as folder:
-        args = argparse.Namespace(batch_size=batch_size, step_size=5.0, max_steps=3)
+        args = argparse.Namespace(batch_size=batch_size, step_size=5.0, max_steps=3, ascent=False, augment=False)
         mgu_generate.generate(f, NoiseScenes(shape, y), [(y, i) for i in range(images)], Path(folder), args,
                               torch.device("cpu"))
     return memory() - imported

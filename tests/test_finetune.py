@@ -1,6 +1,7 @@
 """Where fine-tuning's images and D_s come from: X', the controls, known images beside them; sets that do not fit."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 import common
 import pretrain
-from finetune import AuxiliarySet, add_with_rms
+from finetune import AuxiliarySet
 from runner import NO_FIGURES, run, run_ok
 
 H, W = 40, 56
@@ -129,12 +130,12 @@ def test_rms_where_saturation_decides():
     x = np.full((1000, 3), 255.0)
     signs = np.where(np.arange(3000).reshape(-1, 3) % 2, 1.0, -1.0)
     for size, down in ((50, 71), (255, 255)):
-        result = add_with_rms(x, size * signs)
+        result = common.add_with_rms(x, size * signs)
         assert result.dtype == np.uint8
         assert np.array_equal(result, np.where(signs > 0, 255, 255 - down))
-    assert np.array_equal(add_with_rms(x, np.zeros_like(x)), x)
-    assert add_with_rms(x[:0], x[:0]).shape == (0, 3)
-    assert (add_with_rms(x, np.full_like(x, 9)) == 255).all(), "everything is clipped: nothing moves"
+    assert np.array_equal(common.add_with_rms(x, np.zeros_like(x)), x)
+    assert common.add_with_rms(x[:0], x[:0]).shape == (0, 3)
+    assert (common.add_with_rms(x, np.full_like(x, 9)) == 255).all(), "everything is clipped: nothing moves"
 
 
 # ──────────────────────────────────────────────── known images ────────────────────────────────────────────────
@@ -254,6 +255,42 @@ def test_another_root(aux, small, tmp_path):
     for script in ("mgu_generate.py", "finetune.py"):
         one_line(run(script, "--ckpt", "moved.pt", folder=tmp_path), "data/toy: no such folder", "--root")
     assert not (tmp_path / "data").exists() and not (tmp_path / "auxiliary").exists() and not list(tmp_path.glob("ft*"))
+
+
+def test_the_set_of_another_model(aux, small, tmp_path):
+    """Refused, unless it is asked for and the classes are the same."""
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, epoch=1), tmp_path / "other.pt")
+    tune = ("finetune.py", "--ckpt", "other.pt", "--aux", aux, "--epochs", 1, "--batch-size", 8)
+    one_line(run(*tune, folder=tmp_path), "another checkpoint")
+    run_ok(*tune, "--any-model", folder=tmp_path)
+    settings = torch.load(tmp_path / "ft.pt", weights_only=True)["settings"]
+    assert settings["aux"] == common.fingerprint(aux / "manifest.json")
+    torch.save(dict(checkpoint, classes=checkpoint["classes"][::-1]), tmp_path / "other.pt")
+    one_line(run(*tune, "--any-model", "--restart", folder=tmp_path), "another checkpoint")
+
+
+def test_an_augmented_set(small, tmp_path):
+    """mgu_generate.py --augment: X is an item of pretraining's, the first with enough pixels of the class; the clean
+    images and the controls start from it; a set of other settings is not continued."""
+    make = ("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 2, "--max-steps", 2)
+    run_ok(*make, "--augment", "--seed", 3, folder=tmp_path, before=NO_FIGURES)
+    done = run(*make, "--seed", 3, folder=tmp_path, before=NO_FIGURES)
+    assert done.code == 1 and "made with augment [[32, 48], [1, 1]]" in done.err, done.err
+    scenes = pretrain.TrainingScenes("toy", small / "toy", "train", None, (32, 48), (1, 1), 3)
+    data = AuxiliarySet(tmp_path / "auxiliary", small / "toy", 3, "flipped", "aux", clean=True)
+    indices, tries = {Path(scenes.name(i)): i for i in range(len(scenes))}, []
+    for k in range(len(data) // 2):
+        sample, X = common.load_sample(data.name(k)), data[0, len(data) // 2 + k]["image"]
+        i, y = indices[small / "toy" / str(sample["source"])], sample["y"]
+        enough = [t for t in range(10) if (scenes[t, i]["label"] == y).sum() >= 64]
+        expected = scenes[enough[0] if enough else 9, i]
+        assert torch.equal(X, expected["image"]) and np.array_equal(sample["label"], expected["label"])
+        assert (sample["image"] == sample["original"])[sample["label"] != y].all()
+        tries.append(enough[:1])
+    assert [0] in tries and tries != [[0]] * len(tries)
+    run_ok("finetune.py", "--ckpt", small / "pretrained.pt", "--epochs", 1, "--batch-size", 8, "--images", "sign",
+           folder=tmp_path)
 
 
 def test_flags_that_exclude_each_other(tmp_path):

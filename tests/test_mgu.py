@@ -251,7 +251,7 @@ def test_stored_samples(step, tmp_path):
     f = network(3)
     jobs = make_jobs(f, 9, 0)   # the last one hits the cap
     eta, cap = STEPS[step]
-    args = argparse.Namespace(batch_size=4, step_size=eta, max_steps=cap)
+    args = argparse.Namespace(batch_size=4, step_size=eta, max_steps=cap, ascent=False, augment=False)
     scenes, chosen = Scenes(jobs), [(y, k) for k, _, _, y in jobs]
     f = f.float()
     mgu_generate.generate(f, scenes, chosen, tmp_path, args, "cpu")
@@ -277,6 +277,43 @@ def test_stored_samples(step, tmp_path):
     assert figures["mean_max_softmax"] == pytest.approx(np.concatenate(sure).mean(), abs=1e-4)
     assert figures["linf"] == max(np.abs(m).max() for m in moved)
     assert figures["rms"] == pytest.approx(np.sqrt(np.mean(np.concatenate([m.ravel() for m in moved])**2)), abs=1e-3)
+
+
+def test_ascent(tmp_path):
+    """The control has the D_s, the history and the RMS of MGU, and on D_s the direction of so many steps up the gradient
+    of S_ỹ, taken here one by one in float64; nothing else of X moves."""
+    f, jobs = network(3), make_jobs(network(3), 8, 0)
+    scenes, chosen = Scenes(jobs), [(y, k) for k, _, _, y in jobs]
+    for ascent in (False, True):
+        args = argparse.Namespace(batch_size=4, step_size=0.5, max_steps=25, ascent=ascent, augment=False)
+        mgu_generate.generate(network(3).float(), scenes, chosen, tmp_path / str(ascent), args, "cpu")
+    seen = 0
+    for k, X, Z, y in jobs:
+        down, up = (common.load_sample(path) for path in sorted(tmp_path.glob(f"*/{y:02d}_class-{y}-{k:06d}.npz")))
+        assert all(np.array_equal(down[key], up[key]) for key in down if key != "image")
+        D_s, X = down["unknown"], X.transpose(1, 2, 0).astype(float)
+        assert np.array_equal(up["image"][~D_s], X[~D_s])
+        if D_s.sum() < 5:
+            continue
+        seen += 1
+        rms = [np.sqrt(np.mean((sample["image"] - X)[D_s]**2)) for sample in (down, up)]
+        assert rms[1] == pytest.approx(rms[0], rel=0.05)                       # of grey levels, on few pixels
+
+        X_up = torch.from_numpy(X).permute(2, 0, 1) / 255
+        for _ in range(int(down["history"].argmin())):
+            X_up.requires_grad_(True)
+            S = f(X_up[None]).softmax(1)[0]
+            P = torch.from_numpy(Z == y) & (S.argmax(0) == y)
+            gradient, = torch.autograd.grad(S[y][P].mean(), X_up)
+            X_up = torch.where(P, X_up + 0.5 * gradient, X_up).detach().clamp(0, 1)
+        moved = (255 * X_up.permute(1, 2, 0).numpy() - X)[D_s]
+        c = min(np.linspace(0, 20, 2001), key=lambda c: abs(
+            np.sqrt(np.mean(((X[D_s] + c * moved).clip(0, 255) - X[D_s])**2)) - rms[0]))
+        assert np.abs((X[D_s] + c * moved).clip(0, 255) - up["image"][D_s]).max() < 2, "but for the size and the edge"
+        S = [float(f(torch.from_numpy(v.transpose(2, 0, 1))[None].double() / 255).softmax(1)[0, y][D_s].mean())
+             for v in (down["image"], X, up["image"])]
+        assert S[0] < S[1] < S[2]
+    assert seen >= 4
 
 
 @pytest.mark.parametrize("least", (64, 500))
