@@ -88,7 +88,8 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each 
     "synthesis": dict(epochs=200, batch_size=16, lr=1e-4, schedule="poly", bn="train", generator_width=64),  # SynthCP's
 }
 RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
-             # leaves open was chosen for them on other images than the test images (tests/results/README.md)
+             # leaves open was chosen for them on other images than the test images (tests/results/README.md); idd_lite
+             # has the latter of camvid
     "streethazards": {},
     "bdd": {},
     "camvid": {
@@ -98,6 +99,13 @@ RECIPES = {  # what differs from the two tables above. toy and camvid are sized 
         "mgu": dict(per_class=20, batch_size=8),
         "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
         "distill": dict(epochs=40, batch_size=8, lr=1e-3)},
+    "idd_lite": {
+        "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v2", epochs=16, batch_size=8, lr=5e-4,
+                         crop=(224, 320), schedule="poly", queries=32, decoder_layers=3),
+        "synthesis": dict(epochs=10, batch_size=8, lr=4e-4, generator_width=8),
+        "mgu": dict(per_class=20, batch_size=8),
+        "finetune": dict(batch_size=8, loss="kl", alpha=0.3, mix="clean"),
+        "distill": dict(epochs=10, batch_size=8, lr=1e-3)},
     "toy": {
         "pretrain": dict(arch="fpn", width=64, backbone="mobilenet_v3_large", weights="none", epochs=8, batch_size=8,
                          lr=2e-3, crop=(108, 192), scale=(1, 1), schedule="poly", queries=32, decoder_layers=3),
@@ -1137,7 +1145,8 @@ def load_sample(path):
             if not np.issubdtype(sample[k].dtype, kind) or sample[k].ndim != dimensions:
                 raise ValueError(f"{k} is {sample[k].dtype} of {sample[k].ndim} dimensions")
         size = sample["label"].shape
-        if any(sample[k].shape != (*size, 3) for k in {"image", "original"} & {*sample}) or sample["unknown"].shape != size or not sample["history"].size:
+        if any(sample[k].shape != (*size, 3) for k in ("image", "original") if k in sample) or \
+                sample["unknown"].shape != size or not sample["history"].size:
             raise ValueError("other shapes")
         if sample["format"] != FORMAT:
             raise ValueError(f"format {sample['format']}; this version reads format {FORMAT}")

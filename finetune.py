@@ -55,7 +55,8 @@ import pretrain
 
 def parse():
     p = argparse.ArgumentParser(description="Anomaly-aware fine-tuning (Sec. III-C, Eq. 5).",
-                                epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
+                                epilog="'paper' is a value of the paper, 'ours' one that it leaves open; small sets: "
+                                       "toy, camvid, idd_lite.")
     p.add_argument("--ckpt", default="pretrained.pt", help="checkpoint of pretrain.py (default: pretrained.pt)")
     p.add_argument("--out", help="checkpoint to write (default: ft.pt; prototypes.pt, student.pt, generator.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
@@ -68,22 +69,23 @@ def parse():
                         "of X' − X on D_s with a random sign; still: X with D_s (default: aux)")
     g.add_argument("--mix", choices=("none", "clean", "train"),
                    help="known images beside the auxiliary ones, as many: clean: the X that each was made from; train: "
-                        "of the whole training split, augmented as in pretraining (ours: none; toy, camvid: clean)")
+                        "of the whole training split, augmented as in pretraining (ours: none; small sets: clean)")
     g.add_argument("--any-model", action="store_true", default=None,
-                   help="control: take a set that was made with another checkpoint of the same classes: D_s lies behind "
-                        "the boundaries of another f (default: such a set is refused)")
+                   help="control: take a set that was made with another checkpoint of the same classes, whose D_s lies "
+                        "behind the boundaries of another f (default: refused)")
     g.add_argument("--known-unknown", nargs="+", metavar="CLASS",
                    help="no auxiliary set: D_s is the pixels of these classes in the training images, and the other "
                         "pixels are D_k (Sec. IV-C)")
     g = p.add_argument_group("objective (Eq. 5)")
     g.add_argument("--loss", choices=(*common.LOSSES, "margin"),
-                   help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; toy, camvid: "
+                   help="on D_s: entropy ratio, Eq. 6, or KL to uniform, Eq. 4 (paper: er is its best; small sets: "
                         "kl); js, energy, margin: of the related systems")
     g.add_argument("--alpha", type=common.real(0),
-                   help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; toy, camvid: 0.3; margin: 1)")
+                   help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; small sets: 0.3; margin: 1)")
     system_flags(p)
     pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet) or, of "
-                            "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40)", micro_batch=16)
+                            "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40, idd_lite: 10)",
+                            micro_batch=16)
     return checked(p, p.parse_args())
 
 
@@ -122,7 +124,7 @@ def system_flags(p):
     g.add_argument("--synthesis", action="store_true", help="SynthCP: a generator of images from label maps, and its "
                    "discriminator, on the training split")
     g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
-                   "first one's (ours: SynthCP's 64; toy, camvid: 8)")
+                   "first one's (ours: SynthCP's 64; small sets: 8)")
     g = p.add_argument_group("related systems: other terms")
     g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
                    "tells D_s from D_k; 0: no such head (ours: 0)")

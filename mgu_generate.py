@@ -55,12 +55,12 @@ MIN_PIXELS = 64   # ASSUMPTION: an image with fewer pixels of the class is passe
 def parse():
     p = argparse.ArgumentParser(
         description="Masked Gradient Update: make the auxiliary set (Sec. III-B, Algorithm 1).",
-        epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
+        epilog="'paper' is a value of the paper, 'ours' one that it leaves open; small sets: toy, camvid, idd_lite.")
     p.add_argument("--ckpt", default="pretrained.pt",
                    help="checkpoint of pretrain.py: f, frozen (default: pretrained.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=common.whole(),
-                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 10, camvid: 20)")
+                   help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 10, camvid, idd_lite: 20)")
     p.add_argument("--step-size", type=common.real(0, above=True), metavar="η",
                    help="η of Algorithm 1, line 7, for images in [0, 1] (ours: 5; toy: 10)")
     p.add_argument("--max-steps", type=common.whole(), help="iterations after which an image is given up (ours: 80)")
@@ -69,7 +69,7 @@ def parse():
     p.add_argument("--ascent", action="store_true", help="control: in D_s, X moved by as many iterations and the same "
                    "RMS as X' is, but up the gradient (default: off); what is told of flips is then of this image")
     p.add_argument("--batch-size", type=common.whole(),
-                   help="images at once on a device; sets the memory, not the result (ours: 4; toy, camvid: 8)")
+                   help="images at once on a device; sets the memory, not the result (ours: 4; small sets: 8)")
     p.add_argument("--precision", choices=("float32", "tf32"),
                    help="of Algorithm 1 on a GPU; which pixels of the stored X' have flipped is decided in float32 "
                         "(default: tf32 on CUDA, else float32)")

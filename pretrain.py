@@ -42,7 +42,8 @@ import common
 
 def parse():
     p = argparse.ArgumentParser(description="Train the segmenter on the known classes (Sec. IV-A).",
-                                epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
+                                epilog="'paper' is a value of the paper, 'ours' one that it leaves open; small sets: "
+                                       "toy, camvid, idd_lite.")
     g = p.add_argument_group("data")
     g.add_argument("--data", choices=tuple(common.DATASETS), default="toy",
                    help="dataset (paper: streethazards, bdd; folder: your own, with a dataset.json; default: toy)")
@@ -57,22 +58,22 @@ def parse():
                    help="range of the random scale, factors (ours: 0.5 2)")
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=common.ARCHS,
-                   help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A; toy, camvid: fpn); mask2former: "
+                   help="segmentation head (paper: deeplabv3 and pspnet, Sec. IV-A; small sets: fpn); mask2former: "
                    "Mask2Former's decoder on fpn's pyramid, for Mask2Anomaly and Maskomaly")
     g.add_argument("--backbone", choices=tuple(common.BACKBONES),
-                   help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large)")
+                   help="feature extractor (ours: resnet50; toy, camvid: mobilenet_v3_large; idd_lite: mobilenet_v2)")
     g.add_argument("--classifier", choices=common.CLASSIFIERS, default="linear",
                    help="last layer; cosine: PAnS, whose logits are 10 times the cosine to a prototype of each class "
                    "(default: linear)")
-    g.add_argument("--width", type=common.whole(), help="channels of the fpn and mask2former heads (ours: 256; toy, "
-                   "camvid: 64)")
+    g.add_argument("--width", type=common.whole(), help="channels of the fpn and mask2former heads (ours: 256; small "
+                   "sets: 64)")
     g.add_argument("--attention", choices=common.ATTENTIONS, help="mask2former: where a query looks: at its own mask, "
                    "or by a second attention at the rest too, as in Mask2Anomaly (ours: masked)")
-    g.add_argument("--queries", type=common.whole(), help="mask2former: number of them (ours: 100; toy, camvid: 32)")
-    g.add_argument("--decoder-layers", type=common.whole(), help="mask2former (ours: 9; toy, camvid: 3)")
+    g.add_argument("--queries", type=common.whole(), help="mask2former: number of them (ours: 100; small sets: 32)")
+    g.add_argument("--decoder-layers", type=common.whole(), help="mask2former (ours: 9; small sets: 3)")
     g.add_argument("--weights", help="imagenet, none, or a state-dict file for the backbone (ours: imagenet; "
                    "toy, camvid: none)")
-    training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40)", micro_batch=32)
+    training_flags(p, "passes over the training images (paper: 1000; toy: 8, camvid: 40, idd_lite: 16)", micro_batch=32)
     p.add_argument("--tradi", nargs="*", type=common.real(0, above=True), metavar="GAIN",
                    help="track mean and variance of the weights, for evaluate.py --tradi, over about the last 1/GAIN "
                    "steps each (published: 0.00316 0.00223, the default, for runs of many thousand steps)")
@@ -95,11 +96,11 @@ def training_flags(parser, epochs_help, micro_batch=32):
     g = parser.add_argument_group("training (Sec. IV-A)")
     g.add_argument("--epochs", type=common.whole(), help=epochs_help)
     g.add_argument("--batch-size", type=common.whole(2),
-                   help="images a step, over all devices (paper: 256; toy, camvid: 8)")
+                   help="images a step, over all devices (paper: 256; small sets: 8)")
     g.add_argument("--lr", type=common.real(0, above=True),
-                   help="learning rate of Adam (paper: 1e-4; in pretraining, toy: 2e-3, camvid: 1e-3)")
+                   help="learning rate of Adam (paper: 1e-4; in pretraining, toy: 2e-3, camvid: 1e-3, idd_lite: 5e-4)")
     g.add_argument("--schedule", choices=("constant", "poly"), help="learning rate over the steps; poly is "
-                   "lr·(1 − t/T)^0.9, DeepLab's (ours: constant; toy, camvid: poly in pretraining)")
+                   "lr·(1 − t/T)^0.9, DeepLab's (ours: constant; small sets: poly in pretraining)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of every random number (ours: 0)")
     g.add_argument("--bn", choices=("train", "frozen"), help="batch norm: statistics of the micro-batch, or the "
                    "running ones, not updated (ours: train)")

@@ -121,6 +121,7 @@ def main():
     p = argparse.ArgumentParser(description="Paste objects into the images of a split that has no anomalies.")
     p.add_argument("--data", choices=tuple(common.DATASETS), default="toy", help="data set (default: toy)")
     p.add_argument("--root", help="its folder (default: data/<name>)")
+    p.add_argument("--anomaly", nargs="+", metavar="CLASS", help="camvid, bdd: as pretrain.py (default: as it)")
     p.add_argument("--split", choices=common.SPLITS, default="val", help="which images (default: val)")
     p.add_argument("--objects", metavar="FOLDER", help="PNGs with alpha, CLASS_….png (default: flower pieces)")
     p.add_argument("--classes", nargs="+", metavar="CLASS", help="of these classes only (default: all)")
@@ -130,7 +131,7 @@ def main():
     out = Path(args.out)
     if out.exists():
         raise common.InputError(f"{out}: is there already; expected a new folder")
-    scenes = common.Scenes(args.data, common.default_root(args.data, args.root), args.split)
+    scenes = common.Scenes(args.data, common.default_root(args.data, args.root), args.split, args.anomaly)
     objects = cut_outs(args.objects, args.classes) if args.objects else None
 
     work = out.with_name(f".{out.name}.tmp{os.getpid()}")                 # renamed when it is complete

@@ -280,8 +280,8 @@ def test_stored_samples(step, tmp_path):
 
 
 def test_ascent(tmp_path):
-    """The control has the D_s, the history and the RMS of MGU, and on D_s the direction of so many steps up the gradient
-    of S_ỹ, taken here one by one in float64; nothing else of X moves."""
+    """The control has the D_s, the history and the RMS of MGU, and on D_s the direction of as many steps up the
+    gradient of S_ỹ, taken here one by one in float64; nothing else of X moves."""
     f, jobs = network(3), make_jobs(network(3), 8, 0)
     scenes, chosen = Scenes(jobs), [(y, k) for k, _, _, y in jobs]
     for ascent in (False, True):
