@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,8 +127,14 @@ def test_paste_refuses(toy_root, tmp_path):
 
 # ─────────────────────────────────────────────── experiments.py ───────────────────────────────────────────────
 
+REAL = ("--idd", "idd", "--cutouts", "cutouts", "--weights", "weights.pt", "--patches", "patches", "--roadanomaly",
+        "ra", "--roadobstacle21", "ro", "--fishyscapes_static", "fs")
+
+
 def nodes_of(study, folder="runs", *flags):
-    return experiments.graph(study, experiments.parse([study, "--camvid", "camvid", "--folder", str(folder), *flags]))
+    real = REAL if study in experiments.HALVES else ()
+    return experiments.graph(study, experiments.parse([study, "--camvid", "camvid", "--folder", str(folder), *real,
+                                                       *flags]))
 
 
 @pytest.mark.parametrize("study", experiments.STUDIES)
@@ -154,11 +161,11 @@ def test_graph(study, monkeypatch):
                 assert args.loss is args.alpha is args.mix is args.bn is args.unknown is args.images is None
     trained = [n for n in nodes if n["script"] == "finetune.py"]
     rows = len(experiments.STUDIES[study]) - 1
-    if study == "systems":                                       # several rows of one model; some of one seed
-        made = {s[1]: next(iter(scores.values()))[0] for *_, stages, _, scores in experiments.SYSTEMS for s in stages
-                if s[0] == "finetune.py"}
+    if study in experiments.ENTRIES:                             # several rows of one model; some of one seed
+        made = {s[1]: next(iter(scores.values()))[0] for *_, stages, _, scores in experiments.ENTRIES[study]
+                for s in stages if s[0] == "finetune.py"}
         once = [name for name, row in made.items() if row in experiments.FIRST_SEED]
-        assert once == ["student.pt", "student_4.pt", "student_16.pt"]
+        assert once == ([] if study == "realchoice" else ["student.pt", "student_4.pt", "student_16.pt"])
         assert len(trained) == 2 * (3 * (len(made) - len(once)) + len(once))
         return
     assert len(trained) == rows * 3 * (1 if study == "quick" else 2)
@@ -168,6 +175,54 @@ def test_choice_never_sees_test_images():
     """It evaluates on toy_b and pasted images alone, whatever the default of evaluate.py is."""
     tests = {tuple(n["flags"][2:6]) for n in nodes_of("choice", "/r") if n["final"]}
     assert tests == {("--root", "/r/toy_b", "--panels", "0"), ("--data", "folder", "--root", "/r/pasted")}
+
+
+def flag_of(node, flag, n=1):
+    at = node["flags"].index(flag) + 1
+    return node["flags"][at:at + n]
+
+
+def test_real_unknowns_never_mix():
+    """No class of cut-outs is in two halves or indoors; each study pastes its own half, by a seed of its own, and
+    evaluates on that alone; the choice does not look at the photographs."""
+    halves = [set(classes) for classes in (*experiments.HALVES.values(), experiments.INDOOR)]
+    assert len(set.union(*halves)) == sum(map(len, halves)) and min(map(len, halves)) >= 7
+    for study, split in (("real", "test"), ("realchoice", "val")):
+        nodes = nodes_of(study, "/r")
+        makers = [n for n in nodes if n["script"] == "tests/paste.py"]
+        assert [flag_of(n, "--split")[0] for n in makers] == ["val", split]
+        for n in makers:
+            assert flag_of(n, "--classes", len(experiments.HALVES[study])) == list(experiments.HALVES[study])
+            assert flag_of(n, "--seed") == [str(int(study == "real"))]
+        roots = {path for n in nodes if n["final"] for path in flag_of(n, "--root", 3) if path.startswith("/")}
+        assert roots == {f"/r/real_{data}/pasted_{study}" for data in ("idd_lite", "camvid")} | (
+            {str(Path(k).resolve()) for k in ("ra", "ro", "fs")} if study == "real" else set())
+
+
+def test_patches_of_the_test_are_refused(tmp_path, capsys):
+    for name in ("bowl_1_2.png", "dog_1_2.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SystemExit):
+        nodes_of("real", "/r", "--patches", str(tmp_path))
+    assert "dog_1_2.png" in capsys.readouterr().err
+    (tmp_path / "dog_1_2.png").unlink()
+    nodes_of("real", "/r", "--patches", str(tmp_path))
+
+
+def test_real_rows_come_in_the_order_of_the_goal():
+    """MSP, the recipe and its controls of all seeds and data come before anything else; the set of another model is
+    that of the next seed, and there is none with one seed."""
+    final = [n for n in nodes_of("real", "/r") if n["final"]]
+    firsts = list(dict.fromkeys(next(iter(n["about"]["scores"].values())) for n in final))
+    assert firsts[:9] == ["msp", "recipe", "clean", "paper", "still", "sign", "noise", "ascent", "other"]
+    for first in firsts:
+        where = [k for k, n in enumerate(final) if next(iter(n["about"]["scores"].values())) == first]
+        assert where == list(range(where[0], where[-1] + 1)), "all seeds of a row together"
+        assert len(where) == 4 * (1 if first in experiments.FIRST_SEED else 3)
+    others = [n for n in nodes_of("real", "/r") if "--any-model" in n["flags"]]
+    assert [flag_of(n, "--aux")[0] for n in others] == [
+        f"/r/real_{data}/{other}/auxiliary" for other in (1, 2, 0) for data in ("idd_lite", "camvid")]
+    assert not any("--any-model" in n["flags"] for n in nodes_of("real", "/r", "--seeds", "4"))
 
 
 @pytest.fixture
@@ -304,21 +359,80 @@ def test_table_of_real_unknowns(numbers):
         return [dict(data=d, score=s, pooled=dict(aupr=start + i, auroc=50., fpr95=9.125),
                      objects=dict(siou=start - i, ppv=1., f1=0.25))
                 for i, (d, s) in enumerate((d, s) for d in ("ra", "ro") for s in ("msp", "energy"))]
-    (numbers / "real.json").write_text(json.dumps({name: dict(evaluation=dict(
+    (numbers / "photographs.json").write_text(json.dumps({name: dict(evaluation=dict(
         protocol=dict(ra={}, ro={}), rows=rows(start))) for name, start in (("idd", 10), ("camvid", 20))}))
     tests = tables.load(numbers)
-    assert tables.table(tests, "real pooled").splitlines() == [
+    assert tables.table(tests, "photographs pooled").splitlines() == [
         "| trained on | score | ra | ro |", "| --- | --- | --- | --- |",
         "| idd | msp | 10.00 / 50.00 / 9.12 | 12.00 / 50.00 / 9.12 |",
         "| idd | energy | 11.00 / 50.00 / 9.12 | 13.00 / 50.00 / 9.12 |",
         "| camvid | msp | 20.00 / 50.00 / 9.12 | 22.00 / 50.00 / 9.12 |",
         "| camvid | energy | 21.00 / 50.00 / 9.12 | 23.00 / 50.00 / 9.12 |"]
-    assert tables.table(tests, "real objects").splitlines()[-1] == (
+    assert tables.table(tests, "photographs objects").splitlines()[-1] == (
         "| camvid | energy | 19.00 / 1.00 / 0.25 | 17.00 / 1.00 / 0.25 |")
-    assert tables.number(tests, "real camvid energy ro objects siou 1") == "17.0"
-    (numbers / "real.json").unlink()
-    assert tables.table(tables.load(numbers), "real pooled") == "not run\n"
-    assert tables.number(tables.load(numbers), "real camvid msp ra pooled aupr") == "not run"
+    assert tables.number(tests, "photographs camvid energy ro objects siou 1") == "17.0"
+    (numbers / "photographs.json").unlink()
+    assert tables.table(tables.load(numbers), "photographs pooled") == "not run\n"
+    assert tables.number(tables.load(numbers), "photographs camvid msp ra pooled aupr") == "not run"
+
+
+def test_bootstrap_against_the_normal_case():
+    """One seed, a constant reference: the mean of 400 independent images has its textbook interval."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(10, 3, (1, 400))
+    factor, low, high = tables.bootstrap(a, np.full_like(a, 5))
+    half = 1.96 * a.std(ddof=1) / 400**0.5 / 5
+    assert factor == pytest.approx(a.mean() / 5)
+    assert low == pytest.approx(factor - half, abs=0.1 * half) and high == pytest.approx(factor + half, abs=0.1 * half)
+    assert tables.bootstrap(a, np.full_like(a, 5)) == (factor, low, high), "the same draws every time"
+    factor, low, high = tables.bootstrap(2.5 * a, a)                    # a constant factor: nothing varies
+    assert factor == pytest.approx(2.5) == pytest.approx(low) == pytest.approx(high)
+
+
+def test_bootstrap_against_a_loop():
+    """Three seeds that share images of very different difficulty: draws taken one by one, seeds and images by index."""
+    rng = np.random.default_rng(1)
+    hard = rng.gamma(0.5, 20, 60)
+    a, b = (hard * np.array(factors)[:, None] * rng.uniform(0.8, 1.2, (3, 60))
+            for factors in ((1.1, 1.5, 2.2), (1, 1, 1)))
+    found = tables.bootstrap(a, b, draws=20_000)
+    ratios = []
+    for _ in range(20_000):
+        seeds, images = rng.integers(3, size=3), rng.integers(60, size=60)
+        pick = np.ix_(seeds, images)
+        ratios.append(a[pick].sum() / b[pick].sum())
+    assert found[0] == pytest.approx(a.sum() / b.sum())
+    assert found[1:] == pytest.approx(np.quantile(ratios, (0.025, 0.975)), rel=0.01)
+
+
+@pytest.fixture
+def real_numbers(tmp_path):
+    """real.json of two seeds, a test with classes and one without; the recipe has 1.5 times MSP's AUPR per image."""
+    rows = [dict(data="idd_lite", seed=s, test=f"idd_lite_{test}", name=name, set=None, flags="", device="", date="",
+                 miou=None if test == "roadanomaly" else 60 + s - (name == "recipe"),
+                 images=[factor * (4 + s), factor * 8], per_image=dict(aupr=factor * (6 + s / 2)),
+                 pooled=dict(aupr=(1 + s) * (1 if name == "msp" else 1.2 + 0.4 * s)))
+            for test in ("pasted", "roadanomaly") for name, factor in (("msp", 1), ("recipe", 1.5)) for s in (0, 1)
+            if (test, name, s) != ("roadanomaly", "recipe", 1)]
+    (tmp_path / "real.json").write_text(json.dumps(dict(study="real", rows=rows, mgu=[], protocol={
+        "idd_lite_pasted": {}, "idd_lite_roadanomaly": {}})))
+    return tables.load(tmp_path)
+
+
+def test_table_of_the_study_on_real_unknowns(real_numbers):
+    assert tables.table(real_numbers, "real idd_lite per_image").splitlines() == [
+        "| AUPR over MSP | seeds | pasted | roadanomaly | mIoU |", "| --- | --- | --- | --- | --- |",
+        "| **MGU + AaFt**, the recipe | 2 | × 1.50 [1.50, 1.50] | × 1.50 [1.50, 1.50] | −1.0 |"]
+    # by hand: √(1.2 · 1.6) = 1.386; |log 1.2 − log 1.6| / 2 = 0.1438, times t = 12.706 → e^±1.828
+    assert tables.table(real_numbers, "real idd_lite pooled").splitlines()[2].endswith(
+        "| 2 | × 1.39 [0.22, 8.62] | × 1.20 | −1.0 |")
+    assert tables.table(real_numbers, "real idd_lite per_image recipe").splitlines()[2] == (
+        "| MSP | 2 | × 0.67 [0.67, 0.67] | × 0.67 [0.67, 0.67] | +1.0 |")
+    assert tables.table(real_numbers, "real camvid pooled") == "not run\n"
+    for words, expected in {"over msp": "× 1.39", "interval msp 1": "0.2 to 8.6", "over clean": "not run"}.items():
+        assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled aupr {words}") == expected
+    with pytest.raises(ValueError):
+        tables.number(real_numbers, "idd_lite_pasted recipe miou over msp")
 
 
 def test_seeds_of_one_row_ran_alike(numbers):

@@ -3,14 +3,18 @@
     python tests/results/experiments.py main --camvid /data/CamVid_240 --list           # every command as a shell line
     python tests/results/experiments.py main --camvid /data/CamVid_240 --seeds 0 1 2 --jobs 8 --folder runs
     python tests/results/experiments.py choice --camvid /data/CamVid_240 --sets pasted=/data/pasted     # tests/paste.py
+    python tests/results/experiments.py real --idd /data/idd20k_lite --camvid /data/CamVid_240 --cutouts /data/cutouts
+        --patches /data/patches --roadanomaly /data/RoadAnomaly --weights mobilenet_v2.pt --jobs 13 --deadline 500
 
     in     a study: `choice` (sets on which recipes are chosen, never test images), `main` (test images), `quick` (the
-           README's four commands), `systems` (the related ones, test images; --patches for those that paste)
+           README's four commands), `systems` (the related ones, test images; --patches for those that paste), `real`
+           and `realchoice` (real unknown objects: in the street scenes of two data sets, and in photographs)
     out    FOLDER/DATA/SEED/: what the scripts write, logs/NAME.txt of every command; STUDY.json here, without paths
 
 What has finished is not run again, so the same command continues. A command that fails does not stop those that do not
 need its output. Each command is a process forked from one that has already imported torch. FOLDER/DATA/SEED is shared
-by the studies, so that they start from the same pretrained.pt.
+by the studies, so that they start from the same pretrained.pt (real and realchoice: FOLDER/real_DATA/SEED; with
+--keep the second of them finds the models of the first).
 """
 import argparse
 import json
@@ -183,107 +187,231 @@ SYSTEMS = [
         "dicnet": ("dicnet_16", "DiCNet, 16 times as many steps")}),
 ]
 FIRST_SEED = ("ensemble", "dicnet", "dicnet_4", "dicnet_16")    # rows of one seed
+# The study on real unknowns: f on two data sets, all classes known. Test images are in-domain, with pasted cut-outs of
+# the test's half of the outdoor classes of COCO (IDD Lite: validation images, which choose nothing else), and
+# photographs from elsewhere. `realchoice` looks at validation images with cut-outs of the other half alone
+PHOTOGRAPHS = ("roadanomaly", "roadobstacle21", "fishyscapes_static")
+SEEN_AT = (352, 512)       # H, W at which f sees a photograph
+HALVES = {"realchoice": ("dog", "elephant", "horse", "cat", "boat", "umbrella", "skateboard"),
+          "real": ("giraffe", "bird", "zebra", "bear", "airplane", "bench", "snowboard", "frisbee")}
+INDOOR = (                 # food and indoor things: what --patches may hold
+    "banana", "bed", "book", "bottle", "bowl", "broccoli", "cake", "carrot", "cell_phone", "chair", "clock", "couch",
+    "cup", "dining_table", "donut", "fork", "hot_dog", "knife", "laptop", "microwave", "orange", "oven", "pizza",
+    "potted_plant", "refrigerator", "remote", "sandwich", "scissors", "sink", "spoon", "teddy_bear", "tie", "toilet",
+    "toothbrush", "tv", "vase", "wine_glass")
+FPN = {"arch": "fpn", "width": 64, "backbone": "mobilenet_v2", "weights": "WEIGHTS", "batch-size": 8, "lr": 5e-4,
+       "schedule": "poly"}
+# pretrain: flags; epochs: as PASTED_EPOCHS; split: of the in-domain images of a study
+REAL_DATA = {
+    "idd_lite": dict(pretrain=FPN | {"epochs": 16, "crop": (224, 320)}, epochs=2, anomaly=[],
+                     split={"realchoice": "val", "real": "val"}),
+    "camvid": dict(pretrain=FPN | {"anomaly": "none", "epochs": 60, "crop": (180, 240), "scale": (0.5, 2)}, epochs=12,
+                   anomaly=["--anomaly", "none"], split={"realchoice": "val", "real": "test"})}
+UP = ("mgu_generate.py", "auxiliary_ascent", {"ascent": ()})
+
+
+def one_row(name, label, before=AUXILIARY, **flags):
+    """An entry as those of SYSTEMS, of one fine-tuning on the set that `before` makes; OTHER: that of the next seed."""
+    aux = {"aux": before[1]} if before[0] == "mgu_generate.py" else {}
+    return f"{name}.pt", tuned(name, before=[before], **aux | flags), {}, {"msp": (name, label)}
+
+
+CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP)}
+CONTROL_LABELS = {**CONTROLS, "ascent": "as many steps up the gradient"}
+REAL_ROWS = [
+    *SYSTEMS[:3],
+    one_row("paper", "L_ER, α = 0.05, no known images, batch norm on the batch", loss="er", alpha=0.05, mix="none",
+            bn="train"),
+    *(one_row(name, f"control: {CONTROL_LABELS[name]}", **flags) for name, flags in CONTROL_SETS.items()),
+    one_row("other", "control: MGU of another model", aux="OTHER", any_model=()),
+    # what may take the harm away
+    one_row("mix_train", "training images mixed in, augmented", mix="train"),
+    one_row("images60", "up to 60 images a class, 4 passes", ("mgu_generate.py", "auxiliary_60", {"per-class": 60}),
+            epochs=4),
+    one_row("eta2", "η = 2", ("mgu_generate.py", "auxiliary_eta2", {"step-size": 2})),
+    one_row("eta10", "η = 10", ("mgu_generate.py", "auxiliary_eta10", {"step-size": 10})),
+    one_row("augmented", "X augmented before MGU", ("mgu_generate.py", "auxiliary_augmented", {"augment": ()})),
+    one_row("kl0.05", "L_KL, α = 0.05", alpha=0.05),
+    one_row("kl0.1", "L_KL, α = 0.1", alpha=0.1),
+    one_row("frozen", "frozen batch norm", bn="frozen")]
+# a control of another size of the loss: each is to be compared at its best
+REAL_ALPHAS = [one_row("kl1", "L_KL, α = 1", alpha=1)] + [
+    one_row(f"{name}_{alpha}", f"control: {CONTROL_LABELS[name]}, α = {alpha}", alpha=alpha, **flags)
+    for name, flags in CONTROL_SETS.items() for alpha in (0.1, 1)]
+
+ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + SYSTEMS[3:] + REAL_ALPHAS, "realchoice": REAL_ROWS + REAL_ALPHAS}
 STUDIES = {"choice": CHOICE, "main": MAIN,
            "quick": [MSP, ("recipe", "**the recipe**", "default", {})],
-           "systems": [(*row, None, {}) for *_, scores in SYSTEMS for row in scores.values()]}
+           **{study: [(*row, None, {}) for *_, scores in entries for row in scores.values()]
+              for study, entries in ENTRIES.items()}}
 
 
 def graph(study, args):
     """The commands of a study in an order of preference in which what one needs comes before it, as a list of
     dict(name, script, flags, folder, needs, makes, final, about): `makes` is complete when the command has ended well;
     `final` ones are what the study is for, others run where they are needed; `about` goes into the row."""
-    runs, nodes = Path(args.folder).resolve(), []
-
-    def add(name, script, flags, folder, needs, makes, about=None):
-        node = dict(name=name, script=script, folder=folder, needs=needs, makes=folder / makes,
-                    flags=[str(v) for v in flags], final=bool(about), about=about)
-        same = [n for n in nodes if n["name"] == name]
-        if same not in ([], [node]):
-            raise ValueError(f"{name}: two commands of this name")
-        nodes.extend([] if same else [node])
-        return name
-
-    roots, ready = {}, {}    # of a data set: its folder; the commands that make its folders
-    tests = {}               # {data: {test set: flags of evaluate.py}}
-    if "toy" in args.data:
-        roots["toy"] = runs / "toy_data"
-        ready["toy"] = [add("toy_data", "tests/toy.py", [roots["toy"]], runs, [], "toy_data")]
-        tests["toy"] = {"quick" if study == "quick" else "toy": ["--root", roots["toy"]]}
-        if study == "choice":
-            ready["toy"] += [add("toy_b", "tests/toy.py", [runs / "toy_b", "--seed", 1], runs, [], "toy_b")]
-            tests["toy"] = {"toy_b": ["--root", runs / "toy_b"]}
-    if "camvid" in args.data and study != "quick":
-        roots["camvid"], ready["camvid"] = Path(args.camvid).resolve(), []
-        tests["camvid"] = {"camvid": ["--root", roots["camvid"]]}
-        if study == "choice":
-            sets = dict(s.split("=", 1) for s in args.sets) or {"pasted": runs / "pasted"}
-            if not args.sets:   # flower pieces, which anybody can paste
-                ready["camvid"] = [add("pasted", "tests/paste.py", ["--data", "camvid", "--root", roots["camvid"],
-                                                                    "--out", runs / "pasted"], runs, [], "pasted")]
-            tests["camvid"] = {k: ["--data", "folder", "--root", Path(v).resolve()] for k, v in sets.items()}
-
-    common = ["--device", args.device] if args.device else []
-    loading = ["--workers", args.workers] if args.workers is not None else []
-    reading = ["--workers", max(args.workers, 1)] if loading else []      # threads of evaluate.py
-    training = [*common, *loading, *(["--precision", args.precision] if args.precision else [])]
-    pairs = [(data, seed) for seed in args.seeds for data in roots]
-    for data, seed in pairs:
-        add(f"{data}/{seed}/pretrain", "pretrain.py",
-            ["--data", data, "--root", roots[data], "--seed", seed, *training],
-            runs / data / str(seed), ready[data], "pretrained.pt")
-    for ckpt, stages, flags, scores in SYSTEMS if study == "systems" else ():
-        first, _ = next(iter(scores.values()))
-        for data, seed in pairs:
-            if first in FIRST_SEED and seed != args.seeds[0]:
-                continue
-            folder, told, needs, ckpts = runs / data / str(seed), [], [f"{data}/{seed}/pretrain"], [ckpt]
-            if ckpt == "ALL":
-                needs = [f"{data}/{s}/pretrain" for s in args.seeds]
-                ckpts = [runs / data / str(s) / "pretrained.pt" for s in args.seeds]
-            for script, makes, changes in stages:
-                source = ["--data", data, "--root", roots[data]] if script == "pretrain.py" else \
-                    [] if "ckpt" in changes else ["--ckpt", "pretrained.pt"]
-                filled = as_flags({k: fill(v, args.patches, PASTED_EPOCHS[data]) for k, v in changes.items()})
-                told += as_flags(changes)
-                model = add(f"{data}/{seed}/systems_{makes}", script,
-                            [*source, *filled, "--seed", seed, "--out", makes,
-                             *(common if script == "mgu_generate.py" else training)],
-                            folder, needs, makes + "/manifest.json" * (script == "mgu_generate.py"))
-                needs = [*needs, model]
-            out = f"results_systems_{first}"
-            add(f"{data}/{seed}/{out}", "evaluate.py",
-                ["--ckpt", *ckpts, "--root", roots[data], "--score", *scores, *as_flags(flags), "--panels", 0,
-                 "--out", out, *common, *reading], folder, needs, f"{out}/results.json",
-                dict(data=data, seed=seed, test=f"systems_{data}", set=None, flags=" ".join(told + as_flags(flags)),
-                     scores={s: row for s, (row, _) in scores.items()}))
-    for row, label, aux, changes in STUDIES[study] if study != "systems" else ():
-        for data, seed in pairs:
-            folder, model, name = runs / data / str(seed), f"{data}/{seed}/pretrain", "pretrained.pt"
-            if aux:
-                flags = as_flags(({} if study == "quick" else {"per-class": PER_CLASS[data]}) | SETS[aux])
-                mgu = add(f"{data}/{seed}/mgu_{aux}", "mgu_generate.py",
-                          [*flags, "--seed", seed, "--out", f"auxiliary_{aux}", *common],
-                          folder, [model], f"auxiliary_{aux}/manifest.json")
-                name = f"{study}_{row}.pt"
-                model = add(f"{data}/{seed}/{study}_{row}", "finetune.py",
-                            ["--aux", f"auxiliary_{aux}", *as_flags(changes), "--seed", seed, "--out", name, *training],
-                            folder, [mgu], name)
-            for test, flags in tests[data].items():
-                out = f"results_{study}_{row}_{test}"
-                add(f"{data}/{seed}/{out}", "evaluate.py",
-                    ["--ckpt", name, *flags, "--panels", 0, "--out", out, *common, *reading], folder, [model],
-                    f"{out}/results.json", dict(data=data, seed=seed, test=test, name=row, set=aux,
-                                                flags=" ".join(as_flags(changes))))
+    nodes, hardware = [], hardware_flags(args)
+    places = (real_places if study in HALVES else usual_places)(study, args, nodes)
+    pairs = [(place, seed) for seed in args.seeds for place in places]
+    for place, seed in pairs:
+        add(nodes, f"{place['name']}/{seed}/pretrain", "pretrain.py",
+            ["--data", place["data"], "--root", place["root"], *as_flags(filled(place["pretrain"], place, args)),
+             "--seed", seed, *hardware["training"]],
+            place["folder"] / str(seed), place["ready"], "pretrained.pt")
+    for row in ENTRIES.get(study) or STUDIES[study]:
+        for place, seed in pairs:
+            (add_entry if study in ENTRIES else add_row)(nodes, study, row, place, seed, args, hardware)
     return nodes
 
 
-def fill(value, patches, epochs):
-    """The value of a flag, with the words of SYSTEMS filled in."""
-    if value == "PATCHES":
-        return Path(patches or "patches").resolve()
-    if isinstance(value, str) and value.endswith("EPOCHS"):
-        return epochs * int(value.removesuffix("EPOCHS") or 1)
-    return value
+def add(nodes, name, script, flags, folder, needs, makes, about=None):
+    """Append a command, unless it is there; returns its name."""
+    node = dict(name=name, script=script, folder=folder, needs=needs, makes=folder / makes,
+                flags=[str(v) for v in flags], final=bool(about), about=about)
+    same = [n for n in nodes if n["name"] == name]
+    if same not in ([], [node]):
+        raise ValueError(f"{name}: two commands of this name")
+    nodes.extend([] if same else [node])
+    return name
+
+
+def hardware_flags(args):
+    """Flags of {mgu: mgu_generate.py, training: pretrain.py and finetune.py, reading: evaluate.py}."""
+    device = ["--device", args.device] if args.device else []
+    workers = args.workers is not None
+    return dict(mgu=device,
+                training=[*device, *(["--workers", args.workers] if workers else []),
+                          *(["--precision", args.precision] if args.precision else [])],
+                reading=[*device, *(["--workers", max(args.workers, 1)] if workers else [])])
+
+
+# A place is a data set and where its models are made: dict(name, data, root, folder, ready: commands that pretraining
+# needs, pretrain: flags, epochs: as PASTED_EPOCHS, calls of evaluate.py: [dict(name, flags, needs, tests: {data set of
+# results.json, or None where it has one: name of the test})]
+
+def usual_places(study, args, nodes):
+    """Toy and CamVid, with the scripts' defaults."""
+    runs, places = Path(args.folder).resolve(), []
+
+    def place(data, root, ready, tests):
+        calls = [dict(name=test, flags=flags, needs=[], tests={None: test}) for test, flags in tests.items()]
+        if study == "systems":
+            calls = [dict(name="", flags=["--root", root], needs=[], tests={None: f"systems_{data}"})]
+        places.append(dict(name=data, data=data, root=root, folder=runs / data, ready=ready, calls=calls, pretrain={},
+                           epochs=PASTED_EPOCHS[data]))
+
+    if "toy" in args.data:
+        root = runs / "toy_data"
+        ready = [add(nodes, "toy_data", "tests/toy.py", [root], runs, [], "toy_data")]
+        tests = {"quick" if study == "quick" else "toy": ["--root", root]}
+        if study == "choice":
+            ready += [add(nodes, "toy_b", "tests/toy.py", [runs / "toy_b", "--seed", 1], runs, [], "toy_b")]
+            tests = {"toy_b": ["--root", runs / "toy_b"]}
+        place("toy", root, ready, tests)
+    if "camvid" in args.data and study != "quick":
+        root, ready = Path(args.camvid).resolve(), []
+        tests = {"camvid": ["--root", root]}
+        if study == "choice":
+            sets = dict(s.split("=", 1) for s in args.sets) or {"pasted": runs / "pasted"}
+            if not args.sets:   # flower pieces, which anybody can paste
+                ready = [add(nodes, "pasted", "tests/paste.py", ["--data", "camvid", "--root", root,
+                                                                 "--out", runs / "pasted"], runs, [], "pasted")]
+            tests = {k: ["--data", "folder", "--root", Path(v).resolve()] for k, v in sets.items()}
+        place("camvid", root, ready, tests)
+    return places
+
+
+def real_places(study, args, nodes):
+    """The training sets of the study on real unknowns; the in-domain images, which are made here; the photographs."""
+    places, photographs = [], [] if study == "realchoice" else [k for k in PHOTOGRAPHS if getattr(args, k)]
+    for data in args.data:
+        root = Path(args.idd if data == "idd_lite" else args.camvid).resolve()
+        folder, pasted = Path(args.folder).resolve() / f"real_{data}", f"pasted_{study}"
+        made = add(nodes, f"real_{data}/{pasted}", "tests/paste.py",
+                   ["--data", data, "--root", root, *REAL_DATA[data]["anomaly"], "--split",
+                    REAL_DATA[data]["split"][study], "--objects", Path(args.cutouts).resolve(), "--classes",
+                    *HALVES[study], "--seed", list(HALVES).index(study), "--out", pasted], folder, [], pasted)
+        calls = [dict(name="pasted", flags=["--data", "folder", "--root", folder / pasted, "--per-image"], needs=[made],
+                      tests={None: f"{data}_{'choosing' if study == 'realchoice' else 'pasted'}"})]
+        if photographs:
+            tests = {k: f"{data}_{k}" for k in photographs}
+            calls.append(dict(name="photographs", needs=[], flags=[
+                "--data", *photographs, "--root", *(Path(getattr(args, k)).resolve() for k in photographs),
+                "--size", *SEEN_AT, "--per-image"], tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
+        places.append(dict(name=f"real_{data}", data=data, root=root, folder=folder, ready=[], calls=calls,
+                           pretrain=REAL_DATA[data]["pretrain"], epochs=REAL_DATA[data]["epochs"]))
+    return places
+
+
+def add_row(nodes, study, row, place, seed, args, hardware):
+    """The commands of a row of MAIN or CHOICE: a set, a fine-tuning, an evaluation on every test set."""
+    row, _, aux, changes = row
+    folder, start, name = place["folder"] / str(seed), f"{place['name']}/{seed}", "pretrained.pt"
+    model = f"{start}/pretrain"
+    if aux:
+        flags = as_flags(({} if study == "quick" else {"per-class": PER_CLASS[place["data"]]}) | SETS[aux])
+        mgu = add(nodes, f"{start}/mgu_{aux}", "mgu_generate.py",
+                  [*flags, "--seed", seed, "--out", f"auxiliary_{aux}", *hardware["mgu"]],
+                  folder, [model], f"auxiliary_{aux}/manifest.json")
+        name = f"{study}_{row}.pt"
+        model = add(nodes, f"{start}/{study}_{row}", "finetune.py",
+                    ["--aux", f"auxiliary_{aux}", *as_flags(changes), "--seed", seed, "--out", name,
+                     *hardware["training"]], folder, [mgu], name)
+    evaluate(nodes, f"{study}_{row}", place, seed, [name], [], [model], hardware,
+             dict(name=row, set=aux, flags=" ".join(as_flags(changes))))
+
+
+def add_entry(nodes, study, entry, place, seed, args, hardware):
+    """The commands of an entry of ENTRIES: its stages, and an evaluation with its scores."""
+    ckpt, stages, flags, scores = entry
+    first, _ = next(iter(scores.values()))
+    folder, start, told = place["folder"] / str(seed), f"{place['name']}/{seed}", []
+    others = [s for s in (*args.seeds, *args.seeds) if s > seed] or [s for s in args.seeds if s != seed]
+    if first in FIRST_SEED and seed != args.seeds[0] or first == "other" and not others:
+        return
+    needs, ckpts = [f"{start}/pretrain"], [ckpt]
+    if ckpt == "ALL":
+        needs = [f"{place['name']}/{s}/pretrain" for s in args.seeds]
+        ckpts = [place["folder"] / str(s) / "pretrained.pt" for s in args.seeds]
+    for script, makes, changes in stages:
+        given, filled_in = [] if "ckpt" in changes else ["--ckpt", "pretrained.pt"], filled(changes, place, args)
+        if script == "pretrain.py":
+            given = ["--data", place["data"], "--root", place["root"]]
+            filled_in = filled(place["pretrain"] | changes, place, args)
+        if changes.get("aux") == "OTHER":
+            needs = [*needs, f"{place['name']}/{others[0]}/systems_auxiliary"]
+            filled_in["aux"] = place["folder"] / str(others[0]) / "auxiliary"
+        told += as_flags(changes)
+        model = add(nodes, f"{start}/systems_{makes}", script,
+                    [*given, *as_flags(filled_in), "--seed", seed, "--out", makes,
+                     *hardware["mgu" if script == "mgu_generate.py" else "training"]],
+                    folder, needs, makes + "/manifest.json" * (script == "mgu_generate.py"))
+        needs = [*needs, model]
+    evaluate(nodes, f"{study}_{first}", place, seed, ckpts, ["--score", *scores, *as_flags(flags)],
+             needs, hardware,
+             dict(set=None, flags=" ".join(told + as_flags(flags)), scores={s: row for s, (row, _) in scores.items()}))
+
+
+def evaluate(nodes, name, place, seed, ckpts, flags, needs, hardware, about):
+    """The evaluations of a model on the test sets of its place."""
+    for call in place["calls"]:
+        out = f"results_{name}" + f"_{call['name']}" * bool(call["name"])
+        add(nodes, f"{place['name']}/{seed}/{out}", "evaluate.py",
+            ["--ckpt", *ckpts, *call["flags"], *flags, "--panels", 0, "--out", out, *hardware["reading"]],
+            place["folder"] / str(seed), [*call["needs"], *needs], f"{out}/results.json",
+            dict(data=place["data"], seed=seed, tests=call["tests"], **about))
+
+
+def filled(changes, place, args):
+    """Flags with their words filled in: PATCHES, WEIGHTS, N EPOCHS."""
+    files = {"PATCHES": Path(args.patches or "patches").resolve(),
+             "WEIGHTS": Path(args.weights).resolve() if args.weights else "imagenet"}
+
+    def value(v):
+        if isinstance(v, str) and v.endswith("EPOCHS"):
+            return place["epochs"] * int(v.removesuffix("EPOCHS") or 1)
+        return files.get(v, v) if isinstance(v, str) else v
+    return {k: value(v) for k, v in changes.items()}
 
 
 def as_flags(settings):
@@ -407,8 +535,8 @@ def collect(study, nodes, out):
     their flags are still those of the study."""
     by_name = {n["name"]: n for n in nodes}
     found = json.loads(out.read_text()) if out.exists() else {}
-    stands = {(n["about"]["data"], n["about"]["test"], name, n["about"]["flags"])
-              for n in nodes if n["final"] for name in names_of(n["about"]).values()}
+    stands = {(n["about"]["data"], test, name, n["about"]["flags"]) for n in nodes if n["final"]
+              for test in n["about"]["tests"].values() for name in names_of(n["about"]).values()}
     mgu = {(m["data"], m["seed"], m["set"]): m for m in found.get("mgu", [])}
     rows = {(r["data"], r["seed"], r["test"], r["name"]): r for r in found.get("rows", [])
             if (r["data"], r["test"], r["name"], r["flags"]) in stands or r["data"] not in {s[0] for s in stands}}
@@ -416,27 +544,20 @@ def collect(study, nodes, out):
     for node in nodes:
         if not node["final"] or not finished(node):
             continue
-        results, about = json.loads(node["makes"].read_text()), node["about"]
-        made = results["protocol"]
-        protocol[about["test"]] = {k: made[k] for k in ("images", "resolution", "base_rate", "unlabeled", "miou")}
-        date = time.strftime("%Y-%m-%d", time.gmtime(node["makes"].stat().st_mtime))
-        of_score = dict(zip((r["score"] for r in results["rows"]), results["rows"]))
-        for score, name in names_of(about).items():
-            numbers = of_score[score] if score else dict(results, score=results["rows"][0]["score"])
-            row = {k: about[k] for k in ("data", "seed", "test")} | dict(
-                name=name, set=about["set"], flags=about["flags"], score=numbers["score"], miou=numbers["miou"],
-                device=device_of(results), date=date)
-            row.update({g: numbers[g] and {k: numbers[g][k] for k in METRICS if k in numbers[g]}
-                        for g in ("pooled", "per_image")})
-            rows[about["data"], about["seed"], about["test"], name] = row
-        if about["set"]:
-            tuned = by_name[node["needs"][0]]
-            row["settings"] = settings_of(tuned)
-            made_by = by_name[tuned["needs"][0]]
-            figures = json.loads(made_by["makes"].read_text())["figures"]["all"]
-            mgu[about["data"], about["seed"], about["set"]] = dict(
-                data=about["data"], seed=about["seed"], set=about["set"], settings=settings_of(made_by),
-                **{k: figures[k] for k in FIGURES})
+        tuned = by_name[node["needs"][-1]]
+        for row in rows_of(node, settings_of(tuned) if tuned["script"] == "finetune.py" else {}):
+            rows[tuple(row[k] for k in ("data", "seed", "test", "name"))] = row
+        for made_by in (by_name[name] for name in (*node["needs"], *tuned["needs"])):
+            if made_by["script"] == "mgu_generate.py":
+                figures = json.loads(made_by["makes"].read_text())["figures"]["all"]
+                made = dict(data=node["about"]["data"], seed=int(made_by["folder"].name),
+                            set=node["about"]["set"] or made_by["makes"].parent.name)
+                mgu[tuple(made.values())] = dict(made, settings=settings_of(made_by),
+                                                 **{k: figures[k] for k in FIGURES})
+        for part, test in node["about"]["tests"].items():
+            made = json.loads(node["makes"].read_text())["protocol"]
+            made = made[part] if part else made
+            protocol[test] = {k: made[k] for k in ("images", "resolution", "base_rate", "unlabeled", "miou")}
     order = [name for name, *_ in STUDIES[study]]
     ordered = sorted(rows.values(), key=lambda r: (r["data"], r["test"], order.index(r["name"]), r["seed"]))
     one = lambda value: json.dumps(value, ensure_ascii=False)     # one line of the file each
@@ -447,6 +568,26 @@ def collect(study, nodes, out):
     out.with_suffix(".tmp").write_text(f"{{\n{text}\n}}\n")
     os.replace(out.with_suffix(".tmp"), out)
     print(f"wrote {out}: {len(ordered)} rows")
+
+
+def rows_of(node, settings):
+    """The rows of one finished evaluation; `settings`: of the fine-tuning that made the model."""
+    results, about = json.loads(node["makes"].read_text()), node["about"]
+    date = time.strftime("%Y-%m-%d", time.gmtime(node["makes"].stat().st_mtime))
+    for part, test in about["tests"].items():
+        of_score = {r["score"]: r for r in results["rows"] if r.get("data") == part}
+        for score, name in names_of(about).items():
+            numbers = of_score[score] if score else dict(results, score=results["rows"][0]["score"])
+            row = dict(data=about["data"], seed=about["seed"], test=test, name=name, set=about["set"],
+                       flags=about["flags"], score=numbers["score"], miou=numbers["miou"],
+                       device=device_of(results), date=date)
+            row.update({g: numbers[g] and {k: numbers[g][k] for k in METRICS if k in numbers[g]}
+                        for g in ("pooled", "per_image")})
+            if "images" in numbers:   # AUPR of every image, in their order
+                row["images"] = [float(f"{m['aupr']:.3g}") for m in numbers["images"].values()]
+            if settings:
+                row["settings"] = settings
+            yield row
 
 
 def names_of(about):
@@ -471,12 +612,18 @@ def parse(argv=None):
     p.add_argument("--collect", action="store_true", help="run nothing, collect what has finished")
     p.add_argument("--folder", default="runs", help="where to work (default: runs)")
     p.add_argument("--out", help="JSON to write (default: STUDY.json beside this file)")
-    p.add_argument("--data", nargs="+", choices=("toy", "camvid"), default=["toy", "camvid"])
+    p.add_argument("--data", nargs="+", choices=("toy", "camvid", "idd_lite"), help="which of the study's data sets "
+                   "(default: all: toy camvid, or idd_lite camvid of real and realchoice)")
     p.add_argument("--camvid", metavar="ROOT", help="CamVid at 240×180 (README, Data)")
     p.add_argument("--sets", nargs="+", default=[], metavar="NAME=ROOT",
                    help="choice: data folders for CamVid's models "
                    "(default: pasted, flower pieces in its validation images)")
-    p.add_argument("--patches", metavar="FOLDER", help="systems: cut-outs of nothing that the tests hold")
+    p.add_argument("--idd", metavar="ROOT", help="real: IDD Lite")
+    for name in PHOTOGRAPHS:
+        p.add_argument(f"--{name}", metavar="ROOT", help="real: this test set (default: left out)")
+    p.add_argument("--cutouts", metavar="FOLDER", help="real: objects as tests/paste.py takes them; of its halves")
+    p.add_argument("--weights", metavar="FILE", help="real: of the backbone (default: ImageNet's, downloaded)")
+    p.add_argument("--patches", metavar="FOLDER", help="systems, real: cut-outs of nothing that the tests hold")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time (default: one a core)")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a command (default: 1)")
@@ -486,8 +633,17 @@ def parse(argv=None):
     p.add_argument("--workers", type=int, help="loader processes of a training run (default: the scripts')")
     p.add_argument("--precision", choices=("float32", "bf16"), help="of training (default: the scripts')")
     args = p.parse_args(argv)
-    if "camvid" in args.data and not args.camvid and args.study != "quick":
-        p.error("expected --camvid ROOT, or --data toy")
+    real = args.study in HALVES
+    args.data = args.data or (["idd_lite", "camvid"] if real else ["toy", "camvid"])
+    there = {"toy": not real, "camvid": args.camvid or args.study == "quick", "idd_lite": real and args.idd}
+    for data in args.data:
+        if not there[data]:
+            p.error(f"{data}: not in this study, or no folder; expected --camvid ROOT, --idd ROOT, or others in --data")
+    if real and not args.cutouts:
+        p.error("expected --cutouts FOLDER")
+    for path in sorted(Path(args.patches).glob("*")) if real and args.patches else ():
+        if re.split(r"_?\d", path.stem)[0] in (*HALVES["real"], *HALVES["realchoice"]):
+            p.error(f"--patches: {path.name} is of a class of the test or choosing images")
     return args
 
 

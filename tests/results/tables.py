@@ -9,13 +9,18 @@
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
     <!-- table systems short -->…<!-- /table -->           the related systems on both data sets, one row each
-    <!-- table real pooled -->…<!-- /table -->             models on test sets of real unknowns (real.json); or objects
+    <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
+                                                           or objects
+    <!-- table real idd_lite per_image -->…<!-- /table --> the study real (or realchoice): AUPR over MSP's with an
+                                                           interval, on each test of a training set; or pooled
+    <!-- table real idd_lite per_image recipe -->…         the same over another row's
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
 if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean; factor-by-seed, gain-by-seed; least:
-of the factors) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
-protocol, `real camvid msp roadanomaly pooled aupr` of real.json. What the files do not hold is "not run".
+of the factors; `over sign`, `interval sign`: over the row sign as in the table real, and the interval) and, if wanted,
+its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the protocol, `photographs camvid
+msp roadanomaly pooled aupr` of photographs.json. What the files do not hold is "not run".
 """
 import json
 import re
@@ -23,6 +28,9 @@ import statistics
 import sys
 from itertools import zip_longest
 from pathlib import Path
+
+import numpy as np
+import scipy.stats
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -41,7 +49,7 @@ def load(folder=HERE):
     tests = {}
     for path in sorted(Path(folder).glob("*.json")):
         found = json.loads(path.read_text())
-        for row in found["rows"] if "study" in found else ():    # gpu.json holds times, real.json test sets of its own
+        for row in found["rows"] if "study" in found else ():    # gpu.json holds times, photographs.json test sets
             test = tests.setdefault(row["test"], dict(study=found["study"], rows={}, data=row["data"]))
             test["rows"][row["name"], row["seed"]] = row
             test["protocol"] = found["protocol"][row["test"]]
@@ -52,8 +60,8 @@ def load(folder=HERE):
                         for (n, _), r in test["rows"].items() if n == row_name}
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
-    real_unknowns = Path(folder, "real.json")
-    return tests | ({"real": json.loads(real_unknowns.read_text())} if real_unknowns.exists() else {})
+    photographed = Path(folder, "photographs.json")
+    return tests | ({"photographs": json.loads(photographed.read_text())} if photographed.exists() else {})
 
 
 # ───────────────────────────────────────────── numbers of seeds ─────────────────────────────────────────────
@@ -69,6 +77,37 @@ def against_msp(test, name, group, metric=None, factor=True):
     """[number over (or, without `factor`, minus) that of MSP of the same seed]."""
     values, msp = by_seed(test, name, group, metric), by_seed(test, "msp", group, metric)
     return [v / msp[s] if factor else v - msp[s] for s, v in values.items() if s in msp]
+
+
+def compare(test, name, reference, group):
+    """(factor, low, high): AUPR of a row over that of `reference`, of the seeds that both have, and a 95 % interval;
+    None for the ends where one seed is too few.
+
+    per_image, where the rows hold images: of the mean over seeds and images; the interval tells how other seeds and
+    other images of this kind would vary it. Else the geometric mean over the seeds; its t interval is of seeds alone.
+    """
+    rows = [{seed: row for (n, seed), row in test["rows"].items() if n == which} for which in (name, reference)]
+    seeds = sorted(rows[0].keys() & rows[1].keys())
+    if group == "per_image" and all("images" in of[s] for of in rows for s in seeds):
+        return bootstrap(*([of[s]["images"] for s in seeds] for of in rows))
+    logs = [np.log(rows[0][s][group]["aupr"] / rows[1][s][group]["aupr"]) for s in seeds]
+    if len(logs) < 2:
+        return float(np.exp(logs[0])), None, None
+    margin = scipy.stats.t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / len(logs)**0.5
+    return tuple(float(np.exp(np.mean(logs) + d)) for d in (0, -margin, margin))
+
+
+def bootstrap(a, b, draws=4000, seed=0):
+    """(factor, low, high): mean of a over mean of b, arrays (seeds, images) of the same seeds and images, and the 2.5
+    and 97.5 % quantiles of that over draws.
+
+    A draw takes seeds and images with replacement, the same ones for a and b. Every seed sees the same test images, so
+    a draw of images holds for all of its seeds."""
+    a, b = np.array(a, float), np.array(b, float)
+    rng = np.random.default_rng(seed)
+    seeds, images = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in a.shape)      # how often each is drawn
+    ratios = ((seeds @ a) * images).sum(1) / ((seeds @ b) * images).sum(1)
+    return float(a.mean() / b.mean()), *(float(q) for q in np.percentile(ratios, (2.5, 97.5)))
 
 
 def mean(values, form="{:.2f}"):
@@ -90,7 +129,7 @@ def number(tests, words):
     if test is None:
         return ABSENT
     form = f"{{:.{2 if digits is None else digits}f}}"
-    if words[0] == "real":
+    if words[0] == "photographs":
         trained_on, score, data, *of = words[1:]
         row, = (r for r in test[trained_on]["evaluation"]["rows"] if (r["data"], r["score"]) == (data, score))
         return mean([row[of[0]][of[1]]], form)
@@ -101,12 +140,17 @@ def number(tests, words):
         return form.format(value) if isinstance(value, float) else str(value)
     of = words[1:3] if words[2:3] == ["miou"] else words[1:4]
     how = words[1 + len(of):] or ["mean"]
-    if len(how) != 1 or of[0] not in dict((name, 0) for name, *_ in experiments.STUDIES[test["study"]]) or \
+    pair = how[0] in ("over", "interval")
+    if len(how) != 1 + pair or pair and of[-1] != "aupr" or \
+            of[0] not in dict((name, 0) for name, *_ in experiments.STUDIES[test["study"]]) or \
             of[1:] != ["miou"] and (of[1:2] not in (["pooled"], ["per_image"]) or of[2:] not in [[m] for m in METRICS]):
         raise ValueError(f"<!--= {' '.join(words)}-->: names nothing; expected TEST ROW pooled|per_image METRIC [HOW]")
     values = list(by_seed(test, *of).values())
-    if not values:
+    if not values or pair and not by_seed(test, how[1], *of[1:]):
         return ABSENT
+    if pair:
+        factor, *interval = compare(test, of[0], how[1], of[1])
+        return "× " + form.format(factor) if how[0] == "over" else " to ".join(map(form.format, interval))
     factors, gains = against_msp(test, *of), against_msp(test, *of, factor=False)
     signed = f"{{:+.{1 if digits is None else digits}f}}"
     return {"mean": lambda: mean(values, form),
@@ -157,11 +201,11 @@ def factors(test):
 
 def mgu(test):
     rows = []
-    for name in experiments.SETS:
+    for name in dict.fromkeys([*experiments.SETS, *(m["set"] for m in test["mgu"])]):
         sets = [m for m in test["mgu"] if m["set"] == name]
         if sets:
             s = sets[0]["settings"]
-            step = f"η = {s.get('step-size')}, cap {s.get('max-steps')}"
+            step = f"η = {s.get('step-size')}, cap {s.get('max-steps')}" + f" ({name})" * (name not in experiments.SETS)
             values = [mean_sd([m[k] for m in sets], d) for k, d in (("flip_rate", 2), ("iterations_median", 0),
                                                                     ("mean_max_softmax", 3), ("rms", 1))]
             rows.append([step, str(len(sets)), str(sets[0]["images"]), *values])
@@ -212,8 +256,33 @@ def choice(tests, data):
     return lines_of(["stage", "row", "AUPR against MSP", "mIoU"], lines)
 
 
-def real(found, group):
-    """real.json: {training set: dict(evaluation=results.json of evaluate.py on several test sets)}, a row a score."""
+def real(tests, study, data, group, reference="msp"):
+    """AUPR over that of the row `reference`, with its 95 % interval, on every test of the models of one training set;
+    and the change of mIoU in points."""
+    columns = {name: t for name, t in tests.items() if t.get("study") == study and t["data"] == data}
+    if not columns:
+        return f"{ABSENT}\n"
+    rows = []
+    for name, label, *_ in experiments.STUDIES[study]:
+        cells, seeds, gains = [], set(), []
+        for test in columns.values():
+            both = by_seed(test, name, group, "aupr").keys() & by_seed(test, reference, group, "aupr").keys()
+            seeds |= both
+            factor, low, high = compare(test, name, reference, group) if both else (None, None, None)
+            interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+            cells.append(f"× {factor:.2f}{interval}" if both else ABSENT)
+            mious = [by_seed(test, n, "miou") for n in (name, reference)]
+            gains += [mious[0][s] - mious[1][s] for s in mious[0] if s in mious[1]]
+        if seeds and name != reference:
+            rows.append([label, str(len(seeds)), *cells, mean(gains, "{:+.1f}")])
+    names = [name.removeprefix(f"{data}_") for name in columns]
+    base = next(label for name, label, *_ in experiments.STUDIES[study] if name == reference)
+    return lines_of([f"AUPR over {base}", "seeds", *names, "mIoU"], rows)
+
+
+def photographs(found, group):
+    """photographs.json: {training set: dict(evaluation=results.json of evaluate.py on several test sets)}; a row a
+    score."""
     keys, rows = ("siou", "ppv", "f1") if group == "objects" else METRICS, []
     for name, runs in found.items():
         evaluation = runs["evaluation"]
@@ -225,13 +294,15 @@ def real(found, group):
 
 
 def table(tests, words):
-    kind, name = words.split()
+    kind, name, *more = words.split()
     if kind == "choice":
         return choice(tests, name)
     if kind == "systems":
         return systems(tests, name)
-    if kind == "real":
-        return real(tests["real"], name) if "real" in tests else f"{ABSENT}\n"
+    if kind == "photographs":
+        return photographs(tests[kind], name) if kind in tests else f"{ABSENT}\n"
+    if kind in experiments.HALVES:
+        return real(tests, kind, name, *more)
     make = {"results": results, "factors": factors, "mgu": mgu, "hardware": hardware}[kind]
     return make(tests[name]) if name in tests else f"{ABSENT}\n"
 
