@@ -188,8 +188,8 @@ SYSTEMS = [
 ]
 FIRST_SEED = ("ensemble", "dicnet", "dicnet_4", "dicnet_16")    # rows of one seed
 # The study on real unknowns: f on two data sets, all classes known. Test images are in-domain, with pasted cut-outs of
-# the test's half of the outdoor classes of COCO (IDD Lite: validation images, which choose nothing else), and
-# photographs from elsewhere. `realchoice` looks at validation images with cut-outs of the other half alone
+# the test's half of the outdoor classes of COCO, and photographs from elsewhere. `realchoice` looks at validation
+# images with cut-outs of the other half alone. IDD Lite has no labelled test images: its validation images serve both
 PHOTOGRAPHS = ("roadanomaly", "roadobstacle21", "fishyscapes_static")
 SEEN_AT = (352, 512)       # H, W at which f sees a photograph
 HALVES = {"realchoice": ("dog", "elephant", "horse", "cat", "boat", "umbrella", "skateboard"),
@@ -212,8 +212,7 @@ UP = ("mgu_generate.py", "auxiliary_ascent", {"ascent": ()})
 
 def one_row(name, label, before=AUXILIARY, **flags):
     """An entry as those of SYSTEMS, of one fine-tuning on the set that `before` makes; OTHER: that of the next seed."""
-    aux = {"aux": before[1]} if before[0] == "mgu_generate.py" else {}
-    return f"{name}.pt", tuned(name, before=[before], **aux | flags), {}, {"msp": (name, label)}
+    return f"{name}.pt", tuned(name, before=[before], **{"aux": before[1]} | flags), {}, {"msp": (name, label)}
 
 
 CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP)}
