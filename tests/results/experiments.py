@@ -386,8 +386,7 @@ def add_entry(nodes, study, entry, place, seed, args, hardware):
                      *hardware["mgu" if script == "mgu_generate.py" else "training"]],
                     folder, needs, makes + "/manifest.json" * (script == "mgu_generate.py"))
         needs = [*needs, model]
-    evaluate(nodes, f"{study}_{first}", place, seed, ckpts, ["--score", *scores, *as_flags(flags)],
-             needs, hardware,
+    evaluate(nodes, f"{study}_{first}", place, seed, ckpts, ["--score", *scores, *as_flags(flags)], needs, hardware,
              dict(set=None, flags=" ".join(told + as_flags(flags)), scores={s: row for s, (row, _) in scores.items()}))
 
 
@@ -507,11 +506,10 @@ def execute(nodes, jobs, deadline=None, keep=False):
 
 def delete_used(nodes, todo):
     """Fine-tuned checkpoints that no unfinished command needs."""
+    needed = {need for node in nodes if node["name"] in todo for need in node["needs"]}
     for node in nodes:
-        used = [user for user in nodes if node["name"] in user["needs"]]
-        if node["script"] == "finetune.py" and node["name"] not in todo and node["makes"].exists() and \
-                not any(user["name"] in todo for user in used):
-            node["makes"].unlink()
+        if node["script"] == "finetune.py" and node["name"] not in todo and node["name"] not in needed:
+            node["makes"].unlink(missing_ok=True)
 
 
 # ─────────────────────────────────────────────── collecting ───────────────────────────────────────────────
