@@ -260,6 +260,7 @@ def real(tests, study, data, group, reference="msp"):
     """AUPR over that of the row `reference`, with its 95 % interval, on every test of the models of one training set;
     and the change of mIoU in points."""
     columns = {name: t for name, t in tests.items() if t.get("study") == study and t["data"] == data}
+    columns = dict(sorted(columns.items(), key=lambda column: not column[0].endswith(("pasted", "choosing"))))
     if not columns:
         return f"{ABSENT}\n"
     rows = []
