@@ -541,7 +541,8 @@ class Report:
         self.values = dict(machine=found, rows=[], left_out=[], hours={})
         if path and Path(path).exists():
             before = json.loads(Path(path).read_text())
-            other = {k for k in {**found, **before["machine"]} if k != "date" and found.get(k) != before["machine"].get(k)}
+            old = before["machine"]
+            other = {k for k in {**found, **old} if k != "date" and found.get(k) != old.get(k)}
             if other:
                 raise common.InputError(f"{path}: of a machine with another {', '.join(sorted(other))}; expected a new "
                                         "file, or one that this machine wrote")

@@ -17,7 +17,8 @@ GPU = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0] if torch.cud
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-LONG = ("test_scripts", "test_training", "test_faults", "test_systems_c", "test_systems_b", "test_systems_a", "test_open")
+LONG = ("test_scripts", "test_training", "test_faults", "test_systems_c", "test_systems_b", "test_systems_a",
+        "test_open")
 
 
 def pytest_collection_modifyitems(items):

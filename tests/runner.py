@@ -18,8 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"   # the same bits in every process
 REPO = Path(__file__).resolve().parent.parent
 BYTECODE = str(Path(tempfile.gettempdir(), f"bytecode-{os.getuid()}"))
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.flop_counter", "torchvision.models.segmentation",
-                                  "matplotlib.pyplot", "scipy.ndimage", "scipy.optimize", "tqdm"])
+processes.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.flop_counter", "matplotlib.pyplot",
+                                  "torchvision.models.segmentation", "scipy.ndimage", "scipy.optimize", "tqdm"])
 
 # `before` of runs whose figures no test looks at: they are composed but not drawn, which would be half of the time
 NO_FIGURES = """import matplotlib.figure

@@ -282,8 +282,8 @@ def test_mgu_again(runs):
 
 
 def test_first_losses_of_fine_tuning(runs):
-    """Eq. 5 with both terms, frozen batch norm. A small rate, for L_ER is steep near one-hot and Adam divides by |g|: at
-    1e-4 a loss of 32 was 36 on a GPU after eight steps in float32, and one of 26 was 41 in bf16 on a CPU."""
+    """Eq. 5 with both terms, frozen batch norm. A small rate, for L_ER is steep near one-hot and Adam divides by
+    |g|: at 1e-4 a loss of 32 was 36 on a GPU after eight steps in float32, and one of 26 was 41 in bf16 on a CPU."""
     expected, found, bf16 = (losses(runs(n).folder, "ft") for n in ("tune cpu", "tune", "tune bf16"))
     assert len(expected) == len(found) == len(bf16) >= 4
     print("float32", np.abs(found / expected - 1).max(), "bf16", np.abs(bf16 / expected - 1).max())

@@ -658,8 +658,8 @@ def main():
         os.environ.update(OMP_NUM_THREADS=str(args.threads), OPENBLAS_NUM_THREADS="1",
                           PYTORCH_NVML_BASED_CUDA_CHECK="1")   # looking for a GPU must not start CUDA before the fork
         processes.set_forkserver_preload(["torch", "torch._dynamo", "torchvision.models.segmentation", "tqdm",
-                                          "torch.utils.flop_counter", "matplotlib.pyplot", "scipy.ndimage", "scipy.optimize",
-                                          "sklearn.datasets"])
+                                          "torch.utils.flop_counter", "matplotlib.pyplot", "scipy.ndimage",
+                                          "scipy.optimize", "sklearn.datasets"])
         failed = execute(nodes, args.jobs, args.deadline, args.keep)
     collect(args.study, nodes, Path(args.out) if args.out else HERE / f"{args.study}.json")
     for name, why in failed.items():

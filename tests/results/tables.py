@@ -221,8 +221,8 @@ def hardware(test):
 
 # One row of each system and the controls that it needs: the main README's table
 SHORT = ("entropy", "energy", "knn", "cknn", "recipe", "recipe_entropy", "recipe_knn", "clean", "dh_mgu", "dh_paste",
-         "dh_inlier", "noisy_msp", "rnvp_entropy", "rnvp_no_entropy", "pans", "pans_recipe", "pgan", "tradi", "ensemble",
-         "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "margin", "maskomaly_queries", "synthcp")
+         "dh_inlier", "noisy_msp", "rnvp_entropy", "rnvp_no_entropy", "pans", "pans_recipe", "pgan", "tradi",
+         "ensemble", "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "margin", "maskomaly_queries", "synthcp")
 
 
 def systems(tests, rows):
@@ -236,8 +236,9 @@ def systems(tests, rows):
             factors = against_msp(test, name, "pooled", "aupr") if test else []
             gains = [against_msp(test, name, *of, factor=False) if test else []
                      for of in (("pooled", "fpr95"), ("miou",))]
-            cells += [f"× {mean(factors)} ({', '.join(f'{v:.2f}' for v in factors)})", *(mean(g, "{:+.1f}") for g in gains)
-                      ] if factors else [ABSENT, "", ""]
+            seeds = ", ".join(f"{v:.2f}" for v in factors)
+            cells += [f"× {mean(factors)} ({seeds})", *(mean(g, "{:+.1f}") for g in gains)] if factors else \
+                [ABSENT, "", ""]
         lines.append([label, *cells])
     return lines_of(["against MSP of the same seed", "toy: AUPR (by seed)", "FPR95", "mIoU", "CamVid: AUPR (by seed)",
                      "FPR95", "mIoU"], lines)
