@@ -121,6 +121,8 @@ def system_flags(p):
     g.add_argument("--distill", action="store_true", help="DiCNet: a student that predicts the embedding of f")
     g.add_argument("--student-backbone", choices=tuple(common.BACKBONES),
                    help="of the student (ours: mobilenet_v3_large; published: ResNet-34 for ResNet-50)")
+    g.add_argument("--student-weights", help="of its backbone, as pretrain.py --weights (default: none where f had none, "
+                   "else imagenet)")
     g.add_argument("--synthesis", action="store_true", help="SynthCP: a generator of images from label maps, and its "
                    "discriminator, on the training split")
     g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
@@ -165,7 +167,7 @@ SOURCES = {   # where D_s comes from, or what is trained without one: the flags 
     "paste": ("negatives", "patches", "cut", "paste_range", "pure", "paste_control", *EQ5),
     "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
     "prototypes": (),
-    "distill": ("student_backbone",),
+    "distill": ("student_backbone", "student_weights"),
     "synthesis": ("generator_width",),
 }
 
@@ -660,10 +662,11 @@ def distill(args, f, checkpoint, root, device):
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
     student = common.bare(common.Segmenter(f.arch, args.student_backbone, f.num_classes, f.width))
-    pretrain.load_backbone(student, "none" if pretrain.pretrained_with(checkpoint)["weights"] == "none" else "imagenet")
+    usual = "none" if pretrain.pretrained_with(checkpoint)["weights"] == "none" else "imagenet"
+    pretrain.load_backbone(student, args.student_weights or usual)
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
-    names = ("student_backbone", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
+    names = ("student_backbone", "student_weights", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt),
                     dataset=scenes.identity())
     facts = dict(common.model_facts(student), stage="distill", companion_of=common.fingerprint(args.ckpt), root=root,

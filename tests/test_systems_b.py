@@ -347,6 +347,8 @@ def test_distillation_script(small):
     loss = [json.loads(line)["loss"] for line in (small / "student.jsonl").read_text().splitlines()]
     assert loss[-1] < loss[0]
     assert "is complete" in run_ok("finetune.py", *flags[:-1], folder=small).out        # it is resumed as others are
+    done = run("finetune.py", "--distill", "--student-weights", "nowhere.pth", "--out", "weights.pt", folder=small)
+    assert done.code == 1 and "nowhere.pth" in done.err and done.err.count("\n") == 1, done.err
 
     score = "--score", "dicnet", "--student", "student.pt", "--panels", 0, "--out", "r_dicnet"
     run_ok("evaluate.py", "--ckpt", "pretrained.pt", *score, folder=small)

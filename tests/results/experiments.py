@@ -285,8 +285,8 @@ def hardware_flags(args):
 
 
 # A place is a data set and where its models are made: dict(name, data, root, folder, ready: commands that pretraining
-# needs, pretrain: flags, epochs: as PASTED_EPOCHS, calls of evaluate.py: [dict(name, flags, needs, tests: {data set of
-# results.json, or None where it has one: name of the test})]
+# needs, pretrain, student: flags, epochs: as PASTED_EPOCHS, calls of evaluate.py: [dict(name, flags, needs,
+# tests: {data set of results.json, or None where it has one: name of the test})]
 
 def usual_places(study, args, nodes):
     """Toy and CamVid, with the scripts' defaults."""
@@ -296,7 +296,7 @@ def usual_places(study, args, nodes):
         calls = [dict(name=test, flags=flags, needs=[], tests={None: test}) for test, flags in tests.items()]
         if study == "systems":
             calls = [dict(name="", flags=["--root", root], needs=[], tests={None: f"systems_{data}"})]
-        places.append(dict(name=data, data=data, root=root, folder=runs / data, ready=ready, calls=calls, pretrain={},
+        places.append(dict(name=data, data=data, root=root, folder=runs / data, ready=ready, calls=calls, pretrain={}, student={},
                            epochs=PASTED_EPOCHS[data]))
 
     if "toy" in args.data:
@@ -338,7 +338,8 @@ def real_places(study, args, nodes):
                 "--data", *photographs, "--root", *(Path(getattr(args, k)).resolve() for k in photographs),
                 "--size", *SEEN_AT, "--per-image"], tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
         places.append(dict(name=f"real_{data}", data=data, root=root, folder=folder, ready=[], calls=calls,
-                           pretrain=REAL_DATA[data]["pretrain"], epochs=REAL_DATA[data]["epochs"]))
+                           pretrain=REAL_DATA[data]["pretrain"], epochs=REAL_DATA[data]["epochs"],
+                           student={"student-backbone": "mobilenet_v2", "student-weights": "WEIGHTS"}))
     return places
 
 
@@ -373,6 +374,7 @@ def add_entry(nodes, study, entry, place, seed, args, hardware):
         needs = [f"{place['name']}/{s}/pretrain" for s in args.seeds]
         ckpts = [place["folder"] / str(s) / "pretrained.pt" for s in args.seeds]
     for script, makes, changes in stages:
+        changes = changes | place["student"] if "distill" in changes else changes
         given, filled_in = [] if "ckpt" in changes else ["--ckpt", "pretrained.pt"], filled(changes, place, args)
         if script == "pretrain.py":
             given = ["--data", place["data"], "--root", place["root"]]
