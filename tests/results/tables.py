@@ -8,7 +8,7 @@
     <!-- table mgu toy_b -->…<!-- /table -->               the auxiliary sets that were used for a test set
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
-    <!-- table systems short -->…<!-- /table -->           the related systems on both data sets, one row each
+    <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled; of systems one row each
     <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
                                                            or objects
     <!-- table real idd_lite per_image -->…<!-- /table --> the study real (or realchoice): AUPR over MSP's with an
@@ -225,14 +225,14 @@ SHORT = ("entropy", "energy", "knn", "cknn", "recipe", "recipe_entropy", "recipe
          "ensemble", "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "margin", "maskomaly_queries", "synthcp")
 
 
-def systems(tests, rows):
+def both(tests, study):
     """Toy beside CamVid: factor of pooled AUPR over MSP of the same seed, points of FPR95 and mIoU against it."""
-    lines, both = [], [tests.get(f"systems_{data}") for data in ("toy", "camvid")]
-    for name, label, *_ in experiments.STUDIES["systems"][1:]:
-        if rows == "short" and name not in SHORT:
+    lines, prefix = [], "systems_" if study == "systems" else ""
+    for name, label, *_ in experiments.STUDIES[study][1:]:
+        if study == "systems" and name not in SHORT:
             continue
         cells = []
-        for test in both:
+        for test in (tests.get(prefix + "toy"), tests.get(prefix + "camvid")):
             factors = against_msp(test, name, "pooled", "aupr") if test else []
             gains = [against_msp(test, name, *of, factor=False) if test else []
                      for of in (("pooled", "fpr95"), ("miou",))]
@@ -299,8 +299,8 @@ def table(tests, words):
     kind, name, *more = words.split()
     if kind == "choice":
         return choice(tests, name)
-    if kind == "systems":
-        return systems(tests, name)
+    if kind == "both":
+        return both(tests, name)
     if kind == "photographs":
         return photographs(tests[kind], name) if kind in tests else f"{ABSENT}\n"
     if kind in experiments.HALVES:
