@@ -1028,13 +1028,19 @@ def bench_scores(args, device):
     size, vectors = ((54, 96), 1000) if args.small else (FRAME, 100_000)
     arch, backbone = args.arch or "deeplabv3", args.backbone or ("mobilenet_v3_large" if args.small else "resnet50")
     torch.manual_seed(0)
-    make = lambda name, **how: common.Segmenter(arch, name, 12, **how).eval().to(
-        device, memory_format=torch.channels_last)
+    to = lambda net: net.eval().to(device, memory_format=torch.channels_last)
+    make = lambda name, arch=arch, **how: to(common.Segmenter(arch, name, 12, **how))
     f, cosine, student = make(backbone), make(backbone, classifier="cosine"), common.bare(make("mobilenet_v3_large"))
-    f.origin = cosine.origin = "f.pt", {}
+    outlier, masks = make(backbone, outlier=True), make(backbone, "mask2former")
+    of_score = dict(cosine=cosine, outlier=outlier, outlier_msp=outlier, hybrid=outlier, maskomaly=masks)
+    companions = dict(distill=student, synthesis=to(common.Synthesizer(backbone, 12, 8 if args.small else 64)))
+    for net in (f, cosine):
+        net.origin = "f.pt", {}
     X = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     options = argparse.Namespace(passes=10, crf_iterations=10, seed=0, knn_k=3, knn_images=500, knn_vectors=vectors,
-                                 knn_chunk=1024, train_root=None, student="student.pt")
+                                 knn_chunk=1024, train_root=None, student="student.pt", generator="generator.pt",
+                                 synthcp_threshold=0.999, ckpt=["f.pt"], baseline=[], queries_from=None, lam=0.6,
+                                 border=None, refine=None)
     references = dict(vectors=torch.randn(vectors, f.classifier.in_channels, device=device), energy=(-1.0, 0.0),
                       farthest=1.0)
     rows = []
@@ -1042,18 +1048,20 @@ def bench_scores(args, device):
     def line(name, make, needs=0.0):
         spent, peak = seconds_of(make, device, args.repeat)
         rows.append(dict(score=name, seconds=spent, times_forward=spent / (needs or spent), gib=peak))
-        print(f"{name:12} {spent:8.4f} s   {rows[-1]['times_forward']:6.2f} × forward   "
+        print(f"{name:24} {spent:8.4f} s   {rows[-1]['times_forward']:6.2f} × forward   "
               + (f"{peak:.2f} GiB" if peak else ""), flush=True)
         return spent
 
     print(f"{arch} on {backbone}, {size[1]}×{size[0]}, {vectors} reference vectors; {common.about_run(device)}")
     with mock.patch.object(evaluate, "knn_references", lambda *_: references), \
-            mock.patch.object(common, "load_checkpoint", lambda *_, **__: (student, dict(companion_of="f"))), \
+            mock.patch.object(common, "load_checkpoint", lambda *_, companion=None: (companions[companion],
+                                                                                     dict(companion_of="f"))), \
             mock.patch.object(common, "fingerprint", lambda _: "f"):
         forward = line("forward", lambda: evaluate.forward([f], X))
+        line("forward, mask2former", lambda: evaluate.forward([masks], X), forward)
         line("tradi 10", lambda: evaluate.forward([f] * 10, X), forward)
-        for name in (*evaluate.PLAIN, "dropout", "crf", "cosine", "knn", "cknn", "dicnet"):
-            fs = [cosine if name == "cosine" else f]
+        for name in evaluate.SCORES:
+            fs = [of_score.get(name, f)]
             score, seen = evaluate.prepare_scores(fs, [name], options, device)[name], evaluate.forward(fs, X)
             line(name, lambda: score(X, dict(seen), 0), forward)         # a copy: knn keeps its distances there
     if args.json:
