@@ -305,7 +305,7 @@ class Segmenter(nn.Module):
         else:
             self.head = FeaturePyramid(channels, width)
             self.classifier = nn.Conv2d(width, num_classes, 1)
-        C = self.classifier.in_channels
+        C = self.channels = self.classifier.in_channels                   # of the embedding
         self.decoder = None
         if arch == "mask2former":
             if classifier != "linear" or width % 4:
@@ -450,6 +450,7 @@ def objective(logits, Z, unknown, alpha=0.05, loss="er", n_k=None, n_s=None):
     on_known = masked_mean(loss_k(log_S, Z), known, n_k)
     if not alpha:
         return on_known
+    # The paper's are er and kl; js and energy belong to related systems
     L = loss_energy(logits) if loss == "energy" else dict(er=loss_er, kl=loss_kl, js=loss_js)[loss](log_S)
     on_unknown = masked_mean(L, unknown, n_s)
     # Eq. 5: E_{D_k}[L_k] + α · E_{D_s}[L_KL or L_ER]

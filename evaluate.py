@@ -1442,7 +1442,8 @@ def make_outlier(name, fs, args, device):
 
 
 # Mask networks. What one said of an image: p (B, Q, N + 1), the last class ∅; m (B, Q, H, W), the probability of a
-# pixel to belong to the mask of query q. s_q = max_c p_q(c), ∅ too; c_q = arg max.
+# pixel to belong to the mask of query q. s_q = max_c p_q(c), ∅ too; c_q = arg max. What msp, entropy, maxlogit and
+# energy read of it are its `logits`, which are log p̂ (log_mixture in common.py).
 
 def masks_of(output, size):
     """(p, m) of the f.outputs(X) of a mask network, m at the size of the image. InputError for another network."""

@@ -11,6 +11,9 @@
     python finetune.py --known-unknown car fence pole --out ft_known.pt       # pilot study (Sec. IV-C): these are D_s
     torchrun --nproc-per-node 8 finetune.py
 
+Read beside the paper: AuxiliarySet.__getitem__ (X', Z, D_s) → finetune → pretrain.train → pretrain.eq5 →
+common.objective (Eq. 5). What stands behind stage 3 does not touch this path.
+
 Controls, which the paper lacks: what does the direction of MGU add, and what its size? With everything else the same,
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
     --images sign      every value of X' − X with a random sign: its size and place without its direction
@@ -35,7 +38,7 @@ Their controls: --paste-control off | inlier | decoy, and --flow-border no.
 
 The training loop is pretrain.py's. A run that was stopped or killed continues when the same command is given again.
 
-Sections: command line · where D_s comes from · stage 3 · related systems (the paper needs none of it) · main
+Sections: command line · where D_s comes from · stage 3 · controls, pilot study · related systems, their flags · main
 """
 import argparse
 import functools
@@ -87,102 +90,6 @@ def parse():
                             "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40, idd_lite: 10)",
                             micro_batch=16)
     return checked(p, p.parse_args())
-
-
-def system_flags(p):
-    """Flags of the related systems."""
-    g = p.add_argument_group("related systems: other sources of D_s")
-    g.add_argument("--method", choices=tuple(common.METHODS), default="mgu",
-                   help="fills defaults with what a related system has published (default: mgu, the paper's)")
-    g.add_argument("--negatives", choices=("mgu", "paste", "flow"),
-                   help="D_s from the auxiliary set, from patches pasted into the training images, or from samples of "
-                        "a flow trained jointly, pasted likewise (ours: mgu)")
-    g.add_argument("--patches", metavar="FOLDER", help="paste: images of anything but the known classes; an alpha "
-                   "channel or NAME_mask.png (above 0) cuts out (default: none, paste needs one)")
-    g.add_argument("--cut", choices=("side", "area"), help="paste: a patch is a rectangle whose sides are drawn each "
-                   "by itself, or all of the image or mask, of a drawn area (ours: side)")
-    g.add_argument("--paste-range", type=common.real(0, above=True), nargs=2, metavar=("LOW", "HIGH"),
-                   help="paste, flow: sides as shares of the image's shorter side, or the area of the image's (ours: "
-                        "0.02 0.49)")
-    g.add_argument("--pure", type=common.real(0), help="paste: share of the images that are replaced by a patch's own, "
-                   "all of which is D_s, or what the mask says (ours: 0)")
-    g.add_argument("--paste-control", choices=("none", "off", "inlier", "decoy"),
-                   help="controls. off: the same paste without D_s; inlier: D_s is a piece of another training image, "
-                        "of the same shape; decoy: such a piece beside the patch, with its labels in D_k (ours: none)")
-    g.add_argument("--flow-lr", type=common.real(0, above=True), help="learning rate of the flow (ours: 1e-3)")
-    g.add_argument("--flow-steps", type=common.whole(0), help="steps, in whole epochs, that train the flow alone "
-                   "before --epochs (ours: 300)")
-    g.add_argument("--flow-border", choices=("yes", "no"), help="whether the loss reaches the flow through its "
-                   "samples; no: the flow learns from the likelihood alone (ours: yes)")
-    g = p.add_argument_group("related systems, without auxiliary set")
-    g.add_argument("--prototypes", type=common.whole(), metavar="K",
-                   help="PGAN: a cosine classifier from K annotated images a class, all else of f stays (default: "
-                   "none)")
-    g.add_argument("--distill", action="store_true", help="DiCNet: a student that predicts the embedding of f")
-    g.add_argument("--student-backbone", choices=tuple(common.BACKBONES),
-                   help="of the student (ours: mobilenet_v3_large; published: ResNet-34 for ResNet-50)")
-    g.add_argument("--student-weights", help="of its backbone, as pretrain.py --weights (default: none where f had none, "
-                   "else imagenet)")
-    g.add_argument("--synthesis", action="store_true", help="SynthCP: a generator of images from label maps, and its "
-                   "discriminator, on the training split")
-    g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
-                   "first one's (ours: SynthCP's 64; small sets: 8)")
-    g = p.add_argument_group("related systems: other terms")
-    g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
-                   "tells D_s from D_k; 0: no such head (ours: 0)")
-    g.add_argument("--margin", type=common.real(0, above=True), default=0.75,
-                   help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, published)")
-    g.add_argument("--margin-published", action="store_true", help="--loss margin: −max p̂ in place of 1 − max p̂, as "
-                   "published, which lowers the confidence on D_k too (default: off)")
-
-
-def checked(p, args):
-    """args, with `stage` and `out`; ends with a usage message where flags do not go together."""
-    # The pilot study has neither X' nor I_ỹ, a flow no patches: what is said about them would be without effect
-    chosen = source(args)
-    for flag in other_flags(args):
-        if getattr(args, flag) is not None:
-            p.error(f"argument --{flag.replace('_', '-')}: has no effect with {chosen}: leave it out")
-    files = dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt", synthesis="generator.pt")
-    args.stage = chosen if chosen in files else "finetune"
-    args.out = args.out or files[args.stage]
-    if args.loss == "margin" and args.method == "mgu":
-        args.method = "mask2anomaly"
-    if chosen == "paste" and not args.patches:
-        p.error("argument --patches: D_s comes from paste: expected a folder of images")
-    if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
-        p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
-    heads = common.METHODS[args.method].get("gamma", 0) if args.gamma is None else args.gamma
-    if args.loss == "margin" and (chosen == "flow" or heads):
-        p.error("argument --loss: margin goes without an outlier head (--gamma) and without a flow")
-    if args.margin_published and args.loss != "margin":
-        p.error("argument --margin-published: expected --loss margin")
-    return args
-
-
-EQ5 = ("loss", "alpha", "gamma")
-SOURCES = {   # where D_s comes from, or what is trained without one: the flags that it reads
-    "mgu": ("negatives", "unknown", "images", "mix", "any_model", *EQ5),
-    "known-unknown": EQ5,
-    "paste": ("negatives", "patches", "cut", "paste_range", "pure", "paste_control", *EQ5),
-    "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
-    "prototypes": (),
-    "distill": ("student_backbone", "student_weights"),
-    "synthesis": ("generator_width",),
-}
-
-
-def source(args):
-    """One of SOURCES: what a flag of that name asks for, or --negatives, else the method's, else mgu."""
-    names = ("prototypes", "distill", "synthesis", "known-unknown")
-    asked = [name for name in names if getattr(args, name.replace("-", "_"), None)]
-    return (asked or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
-
-
-def other_flags(args):
-    """The flags that only others of SOURCES read."""
-    mine = SOURCES[source(args)]
-    return [flag for flag in dict.fromkeys(f for flags in SOURCES.values() for f in flags) if flag not in mine]
 
 
 # ─────────────────────────────────────────── where D_s comes from ───────────────────────────────────────────
@@ -245,7 +152,7 @@ class AuxiliarySet(torch.utils.data.Dataset):
         sample = common.load_sample(path)
         image, Z = sample["image"], sample["label"]
         D_s = Z == sample["y"] if self.unknown == "all" else sample["unknown"]   # I_ỹ, or its flipped pixels
-        images = "clean" if i >= n else self.images
+        images = "clean" if i >= n else self.images              # paper: "aux", and neither `if` below
         if images != "aux":                                      # X itself is only read where it is needed
             X = self.original(path, sample)
             image = control(images, X, image, D_s, np.random.default_rng([self.seed, i]))
@@ -264,20 +171,6 @@ class AuxiliarySet(torch.utils.data.Dataset):
         order = np.random.default_rng([self.seed, rounds]).permutation(N_train)
         item = self.train[rounds, int(order[k])]
         return dict(item, unknown=torch.zeros_like(item["label"], dtype=torch.bool), index=i)
-
-
-def control(images, X, X_aux, D_s, rng):
-    """The image of a control, uint8 (H, W, 3): X outside D_s, and on D_s what `images` says (top of the file)."""
-    moved = X_aux[D_s].astype(np.float64) - X[D_s]               # X' − X, (|D_s|, 3) grey levels
-    if images == "noise":
-        moved = rng.permutation(moved)                           # of the pixels: (R, G, B) stay together
-    elif images == "sign":
-        moved = moved * rng.choice([-1.0, 1.0], moved.shape)
-    else:                                                        # clean, still
-        return X
-    image = X.copy()
-    image[D_s] = common.add_with_rms(X[D_s].astype(np.float64), moved)
-    return image
 
 
 def auxiliary_data(args, checkpoint, root):
@@ -305,6 +198,45 @@ def auxiliary_data(args, checkpoint, root):
     return data, identity
 
 
+# ────────────────────────────────────────────────── stage 3 ──────────────────────────────────────────────────
+
+SETTINGS = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
+            "bn", "seed")
+
+
+def finetune(args, f, checkpoint, root, device):
+    """Minimise Eq. 5 over D_s and D_k of the chosen source (the paper's: the auxiliary set); writes args.out."""
+    make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
+    data, identity = make[source(args)](args, checkpoint, root)
+    others = system_parts(f, args)       # of related systems; the paper: train() minimises Eq. 5 over all of f
+    f = f.to(device, memory_format=torch.channels_last)
+    common.say(common.about_run(device, f))
+
+    # What decides the result, and so what a continued run must share with the first
+    settings = dict({n: getattr(args, n) for n in SETTINGS}, ckpt=common.fingerprint(args.ckpt), **identity,
+                    **system_settings(args))
+    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
+                 root=root, known_unknown=args.known_unknown)
+    # Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
+    pretrain.train(f, data, args, device, settings, facts, **others)
+
+
+# ─────────────────────────────────── stage 3: controls, and the pilot study ───────────────────────────────────
+
+def control(images, X, X_aux, D_s, rng):
+    """The image of a control, uint8 (H, W, 3): X outside D_s, and on D_s what `images` says (top of the file)."""
+    moved = X_aux[D_s].astype(np.float64) - X[D_s]               # X' − X, (|D_s|, 3) grey levels
+    if images == "noise":
+        moved = rng.permutation(moved)                           # of the pixels: (R, G, B) stay together
+    elif images == "sign":
+        moved = moved * rng.choice([-1.0, 1.0], moved.shape)
+    else:                                                        # clean, still
+        return X
+    image = X.copy()
+    image[D_s] = common.add_with_rms(X[D_s].astype(np.float64), moved)
+    return image
+
+
 class KnownUnknown(common.Scenes):
     """The pilot study (Sec. IV-C): the training images, where D_s is the pixels of some known classes; item (epoch, i)
     → dict(image uint8 (3, H, W), label uint8 (H, W), unknown bool (H, W) = D_s, index = i).
@@ -329,38 +261,30 @@ def known_unknown_data(args, checkpoint, root):
     return data, dict(aux=data.identity(), train=None)
 
 
-# ────────────────────────────────────────────────── stage 3 ──────────────────────────────────────────────────
+# ─────────────────────────────── related systems: heads, and what is minimised ───────────────────────────────
 
-def finetune(args, f, checkpoint, root, device):
-    """Minimise Eq. 5 over D_s and D_k of the chosen source, from the pretrained f; writes args.out."""
-    make = {"mgu": auxiliary_data, "known-unknown": known_unknown_data, "paste": pasted_data, "flow": flow_data}
-    data, identity = make[source(args)](args, checkpoint, root)
-    groups = add_heads(f, args)
-    f = f.to(device, memory_format=torch.channels_last)
-    common.say(common.about_run(device, f))
+def system_parts(f, args):
+    """What related systems put in place of train()'s own: dict(groups[, count, objective]). Gives f its new heads."""
+    parts = dict(groups=add_heads(f, args))
+    if source(args) == "flow":
+        parts.update(count=functools.partial(choose_places, args),
+                     objective=functools.partial(eq5_with_samples, args, f.flow))
+    elif args.gamma:
+        parts.update(objective=functools.partial(eq5_with_outlier, args))
+    elif args.loss == "margin":
+        parts.update(objective=functools.partial(margin_objective, args),
+                     count=pretrain.count_masks if f.decoder else None)
+    return parts
 
-    # What decides the result, and so what a continued run must share with the first
-    names = ("known_unknown", "unknown", "images", "mix", "loss", "alpha", "epochs", "batch_size", "lr", "schedule",
-             "bn", "seed", "cut", "paste_range", "pure", "paste_control", "flow_lr", "flow_steps", "flow_border")
-    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt), **identity,
-                    gamma=args.gamma or None)                    # None, as in files that are older than the flag
+
+def system_settings(args):
+    """What their flags decide. gamma is None where it is 0, as in files that are older than the flag."""
+    names = ("cut", "paste_range", "pure", "paste_control", "flow_lr", "flow_steps", "flow_border")
+    settings = dict({n: getattr(args, n) for n in names}, gamma=args.gamma or None)
     if args.loss == "margin":
         settings.update(margin=args.margin, margin_published=args.margin_published)
-    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
-                 root=root, known_unknown=args.known_unknown)
-    # Eq. 5 with Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
-    count, objective = pretrain.count_pixels, functools.partial(pretrain.eq5, args)
-    if source(args) == "flow":                                   # what related systems minimise
-        count, objective = functools.partial(choose_places, args), functools.partial(eq5_with_samples, args, f.flow)
-    elif args.gamma:
-        objective = functools.partial(eq5_with_outlier, args)
-    elif args.loss == "margin":
-        count = pretrain.count_masks if f.decoder else count
-        objective = functools.partial(margin_objective, args)
-    pretrain.train(f, data, args, device, settings, facts, groups=groups, count=count, objective=objective)
+    return settings
 
-
-# ─────────────────────────────── related systems: heads, and what is minimised ───────────────────────────────
 
 HEAD_FACTOR = 10   # ASSUMPTION: the new outlier head learns ten times as fast as f, DeepLab's custom for a new layer
 
@@ -370,7 +294,7 @@ def add_heads(f, args):
     torch.manual_seed(args.seed % 2**63)
     factors = {}                                                 # module: its learning rate, in those of f
     if args.gamma:
-        f.outlier = f.outlier or nn.Conv2d(f.classifier.in_channels, 1, 1)
+        f.outlier = f.outlier or nn.Conv2d(f.channels, 1, 1)
         factors[f.outlier] = HEAD_FACTOR
     if source(args) == "flow":
         f.flow = f.flow or common.RealNVP()
@@ -578,7 +502,7 @@ def eq5_with_samples(args, flow, net, part, counts):
     value = flow.bits(crops, part["u"]).sum() / values
     if counts[1] == 0:
         return value
-    sample = flow.sample(part["z"])
+    sample = flow.sample(part["z"])      # in grey levels of 8 bits; its gradient is straight-through (RealNVP.sample)
     if args.flow_border == "no":
         sample = sample.detach()
     X[window] = sample.permute(0, 2, 3, 1)
@@ -633,6 +557,8 @@ def train_prototypes(args, f, checkpoint, root, device):
     Only the abstract of PGAN is public, and this follows it. ASSUMPTION: K images a class, those with most of it; a
     prototype starts as the masked mean of the embedding; then L_k of 10 · cosine on the same images, everything but the
     prototypes frozen; one level of features for the "hierarchical" ones."""
+    if f.decoder:
+        raise common.InputError(f"{args.ckpt}: a mask network has no classifier to replace; expected another --arch")
     with common.first_rank_first():
         scenes = chosen_scenes(args.prototypes, checkpoint, root)
     f = f.to(device)
@@ -743,6 +669,104 @@ def synthesize(args, f, checkpoint, root, device):
               for m, factor in ((model.generator, 1), (model.discriminator, 4))]
     pretrain.train(model, data, args, device, settings, facts, groups=groups, count=count_images,
                    objective=functools.partial(synthesis_objective, f))
+
+
+# ──────────────────────────────────── related systems: the command line ────────────────────────────────────
+
+def system_flags(p):
+    """Flags of the related systems."""
+    g = p.add_argument_group("related systems: other sources of D_s")
+    g.add_argument("--method", choices=tuple(common.METHODS), default="mgu",
+                   help="fills defaults with what a related system has published (default: mgu, the paper's)")
+    g.add_argument("--negatives", choices=("mgu", "paste", "flow"),
+                   help="D_s from the auxiliary set, from patches pasted into the training images, or from samples of "
+                        "a flow trained jointly, pasted likewise (ours: mgu)")
+    g.add_argument("--patches", metavar="FOLDER", help="paste: images of anything but the known classes; an alpha "
+                   "channel or NAME_mask.png (above 0) cuts out (default: none, paste needs one)")
+    g.add_argument("--cut", choices=("side", "area"), help="paste: a patch is a rectangle whose sides are drawn each "
+                   "by itself, or all of the image or mask, of a drawn area (ours: side)")
+    g.add_argument("--paste-range", type=common.real(0, above=True), nargs=2, metavar=("LOW", "HIGH"),
+                   help="paste, flow: sides as shares of the image's shorter side, or the area of the image's (ours: "
+                        "0.02 0.49)")
+    g.add_argument("--pure", type=common.real(0), help="paste: share of the images that are replaced by a patch's own, "
+                   "all of which is D_s, or what the mask says (ours: 0)")
+    g.add_argument("--paste-control", choices=("none", "off", "inlier", "decoy"),
+                   help="controls. off: the same paste without D_s; inlier: D_s is a piece of another training image, "
+                        "of the same shape; decoy: such a piece beside the patch, with its labels in D_k (ours: none)")
+    g.add_argument("--flow-lr", type=common.real(0, above=True), help="learning rate of the flow (ours: 1e-3)")
+    g.add_argument("--flow-steps", type=common.whole(0), help="steps, in whole epochs, that train the flow alone "
+                   "before --epochs (ours: 300)")
+    g.add_argument("--flow-border", choices=("yes", "no"), help="whether the loss reaches the flow through its "
+                   "samples; no: the flow learns from the likelihood alone (ours: yes)")
+    g = p.add_argument_group("related systems, without auxiliary set")
+    g.add_argument("--prototypes", type=common.whole(), metavar="K",
+                   help="PGAN: a cosine classifier from K annotated images a class, all else of f stays (default: "
+                   "none)")
+    g.add_argument("--distill", action="store_true", help="DiCNet: a student that predicts the embedding of f")
+    g.add_argument("--student-backbone", choices=tuple(common.BACKBONES),
+                   help="of the student (ours: mobilenet_v3_large; published: ResNet-34 for ResNet-50)")
+    g.add_argument("--student-weights", help="of its backbone, as pretrain.py --weights (default: none where f had "
+                   "none, else imagenet)")
+    g.add_argument("--synthesis", action="store_true", help="SynthCP: a generator of images from label maps, and its "
+                   "discriminator, on the training split")
+    g.add_argument("--generator-width", type=common.whole(), help="channels of its last layer, a sixteenth of the "
+                   "first one's (ours: SynthCP's 64; small sets: 8)")
+    g = p.add_argument_group("related systems: other terms")
+    g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
+                   "tells D_s from D_k; 0: no such head (ours: 0)")
+    g.add_argument("--margin", type=common.real(0, above=True), default=0.75,
+                   help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, published)")
+    g.add_argument("--margin-published", action="store_true", help="--loss margin: −max p̂ in place of 1 − max p̂, as "
+                   "published, which lowers the confidence on D_k too (default: off)")
+
+
+def checked(p, args):
+    """args, with `stage` and `out`; ends with a usage message where flags do not go together."""
+    # The pilot study has neither X' nor I_ỹ, a flow no patches: what is said about them would be without effect
+    chosen = source(args)
+    for flag in other_flags(args):
+        if getattr(args, flag) is not None:
+            p.error(f"argument --{flag.replace('_', '-')}: has no effect with {chosen}: leave it out")
+    files = dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt", synthesis="generator.pt")
+    args.stage = chosen if chosen in files else "finetune"
+    args.out = args.out or files[args.stage]
+    if args.loss == "margin" and args.method == "mgu":
+        args.method = "mask2anomaly"
+    if chosen == "paste" and not args.patches:
+        p.error("argument --patches: D_s comes from paste: expected a folder of images")
+    if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
+        p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
+    heads = common.METHODS[args.method].get("gamma", 0) if args.gamma is None else args.gamma
+    if args.loss == "margin" and (chosen == "flow" or heads):
+        p.error("argument --loss: margin goes without an outlier head (--gamma) and without a flow")
+    if args.margin_published and args.loss != "margin":
+        p.error("argument --margin-published: expected --loss margin")
+    return args
+
+
+EQ5 = ("loss", "alpha", "gamma")
+SOURCES = {   # where D_s comes from, or what is trained without one: the flags that it reads
+    "mgu": ("negatives", "unknown", "images", "mix", "any_model", *EQ5),
+    "known-unknown": EQ5,
+    "paste": ("negatives", "patches", "cut", "paste_range", "pure", "paste_control", *EQ5),
+    "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
+    "prototypes": (),
+    "distill": ("student_backbone", "student_weights"),
+    "synthesis": ("generator_width",),
+}
+
+
+def source(args):
+    """One of SOURCES: what a flag of that name asks for, or --negatives, else the method's, else mgu."""
+    names = ("prototypes", "distill", "synthesis", "known-unknown")
+    asked = [name for name in names if getattr(args, name.replace("-", "_"), None)]
+    return (asked or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
+
+
+def other_flags(args):
+    """The flags that only others of SOURCES read."""
+    mine = SOURCES[source(args)]
+    return [flag for flag in dict.fromkeys(f for flags in SOURCES.values() for f in flags) if flag not in mine]
 
 
 # ─────────────────────────────────────────────────── main ───────────────────────────────────────────────────

@@ -28,8 +28,10 @@ update() is lines 5 to 8, mgu() the rest, for many images at once. Run as printe
                a few pixels leave the range by hundreds of grey levels, and 8-bit storage undoes their flips.
   DEVIATION 2  a cap on the iterations (--max-steps), since P_ỹ can grow again and need never become empty; what is
                kept of an image that reaches it is the X' with the fewest pixels in P_ỹ.
-What the paper leaves open is marked ASSUMPTION where it is decided. A run that was killed continues when the command
-is repeated. The set has the same bytes in every run on a CPU; on a GPU as far as its kernels are deterministic.
+  DEVIATION 3  X' is stored in 8 bits, and D_s is decided on what is stored (generate()).
+For one image, line by line and without batches: `literal` in tests/test_mgu.py. What the paper leaves open is marked
+ASSUMPTION where it is decided. A run that was killed continues when the command is repeated. The set has the same bytes
+in every run on a CPU; on a GPU as far as its kernels are deterministic.
 """
 import argparse
 import contextlib
@@ -63,7 +65,8 @@ def parse():
                    help="auxiliary images for each class (paper: 300, Sec. IV-A; toy: 10, camvid, idd_lite: 20)")
     p.add_argument("--step-size", type=common.real(0, above=True), metavar="η",
                    help="η of Algorithm 1, line 7, for images in [0, 1] (ours: 5; toy: 10)")
-    p.add_argument("--max-steps", type=common.whole(), help="iterations after which an image is given up (ours: 80)")
+    p.add_argument("--max-steps", type=common.whole(), help="iterations after which the X' with the fewest pixels "
+                   "in P_ỹ is kept as it is (ours: 80; toy: 40)")
     p.add_argument("--augment", action="store_true", help="X is a training image as pretraining augments it (scale, "
                    "crop, flip), a function of --seed and the image (default: off: the image itself)")
     p.add_argument("--ascent", action="store_true", help="control: in D_s, X moved by as many iterations and the same "
@@ -136,7 +139,9 @@ def mgu(f, jobs, batch_size, eta=5.0, max_steps=80, device="cpu", tf32=False):
             if places[b]:
                 places[b]["history"].append(n)
                 places[b].setdefault("first", P[b])
-                if n == 0 or len(places[b]["history"]) > max_steps:      # 4: while P_ỹ ≠ ∅; DEVIATION 2: or the cap
+                # 4: while P_ỹ ≠ ∅, tested behind line 5, which says what P_ỹ is (an empty one moves nothing);
+                # DEVIATION 2: or the cap. The history has one entry more than X' was moved
+                if n == 0 or len(places[b]["history"]) > max_steps:
                     yield places[b]["key"], X_best[b].cpu(), places[b]["first"].cpu(), places[b]["history"]
                     places[b], I[b] = None, False
         X_aux = X_next                                                   # 9
@@ -213,21 +218,6 @@ def training_image(scenes, y, i, tries=10):
     return item
 
 
-def ascended(f, X, I, D_s, X_aux, y, eta, steps, device):
-    """The control --ascent, uint8 (3, H, W): X, but on D_s moved by `steps` iterations of lines 5 to 8 with the other
-    sign (more of ỹ in place of less) and scaled to the RMS that X' − X has there. X, X_aux uint8 (3, H, W); I = I_ỹ,
-    D_s bool (H, W)."""
-    up, y = X[None].float().to(device), torch.tensor([y], device=device)
-    for _ in range(steps):
-        up = update(f, up, I[None].to(device), y, -eta)[1]
-    x, moved, wanted = (v[:, D_s].double().numpy() for v in (X, up[0].cpu(), X_aux))
-    moved, wanted = moved - x, wanted - x
-    scale = np.sqrt(np.mean(wanted**2) / np.mean(moved**2)) if moved.any() else 0
-    image = X.clone()
-    image[:, D_s] = torch.from_numpy(common.add_with_rms(x, scale * moved))
-    return image
-
-
 def sample_name(scenes, y, i):
     """File name of the sample of class y from training image i: "09_car-000017.npz"."""
     return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y])}-{i:06d}.npz"
@@ -244,8 +234,8 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
     """Run Algorithm 1 for `jobs` [(class, image index)], choose D_s, and write one .npz each.
 
     ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X'.
-    The other pixels of I_ỹ stay in D_k with the label ỹ: those that moved without flipping, and those that f got wrong
-    on X and that joined P_ỹ later and crossed (fewer than 1 in 100).
+    The other pixels of I_ỹ stay in D_k with the label ỹ: those that moved without flipping, those that f got wrong on X
+    and that never moved, and those that it got wrong, that joined P_ỹ later and crossed (fewer than 1 in 100).
     ASSUMPTION: "right on X" is P_ỹ of the first iteration, on a GPU in TF32 and with batch norm folded into f; "no
     longer on X'" is f itself in float32, in which D_s has to lie across the boundary.
     ASSUMPTION: an image of which f gets no pixel of I_ỹ right is stored all the same: X' = X, with an empty D_s."""
@@ -281,6 +271,21 @@ def generate(f, scenes, jobs, out, args, device, tf32=False):
             pass
 
 
+def ascended(f, X, I, D_s, X_aux, y, eta, steps, device):
+    """The control --ascent, uint8 (3, H, W): X, but on D_s moved by `steps` iterations of lines 5 to 8 with the other
+    sign (more of ỹ in place of less) and scaled to the RMS that X' − X has there. X, X_aux uint8 (3, H, W); I = I_ỹ,
+    D_s bool (H, W)."""
+    up, y = X[None].float().to(device), torch.tensor([y], device=device)
+    for _ in range(steps):
+        up = update(f, up, I[None].to(device), y, -eta)[1]
+    x, moved, wanted = (v[:, D_s].double().numpy() for v in (X, up[0].cpu(), X_aux))
+    moved, wanted = moved - x, wanted - x
+    scale = np.sqrt(np.mean(wanted**2) / np.mean(moved**2)) if moved.any() else 0
+    image = X.clone()
+    image[:, D_s] = torch.from_numpy(common.add_with_rms(x, scale * moved))
+    return image
+
+
 def measure(f, scenes, jobs, out, device):
     """Read the stored samples back, put them through f, and return a row of figures for each job.
 
@@ -312,7 +317,8 @@ def class_figures(rows):
     flip_rate: of the pixels of I_ỹ that f gets right on X, the percentage that it gets wrong on the stored X'.
     mean_max_softmax: over D_s; near 1/2 means near the boundary (Sec. III-B), near 1 that η is too large.
     unflipped_pixels: sum of the smallest |P_ỹ|, 0 where the cap ended no image. linf, rms: of X' − X over I_ỹ and the
-    three channels, grey levels; iterations: of line 4."""
+    three channels, grey levels; iterations: of line 4, up to the cap where it ended them, though an earlier X' is
+    kept."""
     summed = ("correct", "flipped", "unflipped", "confidence", "unknown", "squares", "values", "bytes")
     total = {k: sum(r[k] for r in rows) for k in summed}
     iterations = [r["iterations"] for r in rows]
@@ -490,7 +496,7 @@ def report(table):
               f"{v['rms']:6.2f} {v['kilobytes']:6.0f}")
     poor = [n for n, v in table.items() if v["flip_rate"] < 99]
     if poor:
-        print(f"below 99 % flipped: {', '.join(poor)}; raise --max-steps, or lower --step-size")
+        print(f"below 99 % flipped: {', '.join(poor)}; raise --max-steps or --step-size")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 The training loop is here too: `train` minimises Eq. 5, for this stage with an empty D_s, for finetune.py with the
 auxiliary set's. A run that was stopped or killed continues when the same command is given again.
 
-Sections: the training loop · training images (augmentation, --cache) · stage 1
+Sections: the training loop · training images (augmentation, --cache) · related systems (TRADI, masks) · stage 1
 """
 import argparse
 import contextlib
@@ -171,7 +171,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
             for group in run.optimiser.param_groups:
                 group["lr"] = learning_rate(args, run.t / run.total) * group.get("factor", 1)
             run.optimiser.step()
-            if run.tradi:
+            if run.tradi:                                # a related system, --tradi
                 run.tradi.step(run.optimiser.param_groups)
             run.pending.append((run.t, loss, batch["index"].tolist()))
             run.t += 1

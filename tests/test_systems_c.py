@@ -544,6 +544,16 @@ def test_a_mask_network_goes_through_every_stage(masks):
     assert got == pytest.approx(100 * average_precision_score(np.concatenate(truth), np.concatenate(scores)), abs=0.1)
 
 
+def test_a_mask_network_with_an_outlier_head(masks):
+    """Any source and loss goes with it, but for prototypes, which take the place of a classifier that it has not."""
+    run_ok("finetune.py", "--ckpt", "m2f.pt", "--method", "densehybrid", "--negatives", "mgu", "--epochs", 1, "--out",
+           "hybrid.pt", folder=masks)
+    run_ok("evaluate.py", "--ckpt", "hybrid.pt", "--score", "hybrid", "--panels", 0, "--out", "hybrid", folder=masks)
+    assert 0 < json.loads((masks / "hybrid/results.json").read_text())["pooled"]["aupr"] < 100
+    done = run("finetune.py", "--ckpt", "m2f.pt", "--prototypes", 1, folder=masks)
+    assert done.code == 1 and "a mask network has no classifier" in done.err and done.err.count("\n") == 1, done.err
+
+
 def test_a_generator_belongs_to_one_checkpoint(masks, small):
     generator = torch.load(masks / "generator.pt", weights_only=True)
     assert generator["companion_of"] == common.fingerprint(masks / "m2f.pt")
