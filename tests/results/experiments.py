@@ -51,7 +51,7 @@ CONTROLS = {"clean": "X, no D_s (L_k alone)", "still": "X unmoved, the same D_s"
 MAIN = [MSP, *((name, f"control: {label}", "plain5", {"images": name}) for name, label in CONTROLS.items()),
         ("er005", "L_ER, α = 0.05", "plain5", {"loss": "er", "alpha": 0.05}),
         ("kl005", "L_KL, α = 0.05", "plain5", {"loss": "kl", "alpha": 0.05}),
-        ("paper", "L_ER, α = 0.05, no known images, batch norm on the batch", "plain5",
+        ("paper", "L_ER, α = 0.05, no known images (half the steps)", "plain5",
          {"loss": "er", "alpha": 0.05, "mix": "none", "bn": "train"}),
         ("recipe", "**the recipe**", "plain5", {})]
 
@@ -62,7 +62,7 @@ CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, change
     ("base", "**base**: η = 5, cap 80; L_KL, α = 0.3, clean images mixed in", "plain5", {}),
     ("plain10", "η = 10", "plain10", {}),
     ("mix-train", "training images mixed in", "plain5", {"mix": "train"}),
-    ("mix-none", "no known images", "plain5", {"mix": "none"}),
+    ("mix-none", "no known images (half the steps)", "plain5", {"mix": "none"}),
     ("plain20", "η = 20", "plain20", {}),
     ("frozen-clean", "frozen batch norm", "plain5", {"bn": "frozen"}),
     ("kl0.1", "L_KL, α = 0.1", "plain5", {"alpha": 0.1}),
@@ -72,7 +72,7 @@ CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, change
     ("plain5-cap40", "η = 5, cap 40", "plain5-cap40", {}),
     ("kl0.05", "L_KL, α = 0.05", "plain5", {"alpha": 0.05}),
     *((f"{images}-clean", f"control: {label}", "plain5", {"images": images}) for images, label in CONTROLS.items()),
-    ("frozen-none", "frozen batch norm, no known images", "plain5", {"bn": "frozen", "mix": "none"}),
+    ("frozen-none", "frozen batch norm, no known images (half the steps)", "plain5", {"bn": "frozen", "mix": "none"}),
     ("er0.5", "L_ER, α = 0.5", "plain5", {"loss": "er", "alpha": 0.5}),
     ("unknown-all", "D_s = all of I_ỹ", "plain5", {"unknown": "all"})))]
 
