@@ -856,6 +856,9 @@ def ratios(report, archs):
             "mgu, batch 8 in float32 : literal in float32": (mgu(**engine, precision="float32"),
                                                              mgu(engine="literal", precision="float32")),
             "mgu, TF32 : float32": (mgu(**engine, precision="tf32"), mgu(**engine, precision="float32")),
+            "mgu, gradient of upsampling by products : PyTorch's": (
+                mgu(**engine, precision="tf32"),
+                mgu(**dict(engine, engine="batched, PyTorch's gradient of upsampling"), precision="tf32")),
             "mgu, not deterministic : deterministic": (mgu(**dict(engine, deterministic=False), precision="tf32"),
                                                        mgu(**engine, precision="tf32"))}
         found[arch] = {k: round(a / b, 2) for k, (a, b) in pairs.items() if a and b}
