@@ -424,7 +424,7 @@ def flow_args(**more):
 
 class Net(nn.Module):
     """A small f with what add_heads and the loop ask for."""
-    num_classes, arch = N, "fpn"
+    num_classes, arch, channels = N, "fpn", 6
 
     def __init__(self):
         super().__init__()
