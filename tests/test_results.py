@@ -512,3 +512,11 @@ def test_choice_table(tmp_path):
     assert lines[2].startswith("| **1** | **base: η = 5") and lines[2].endswith("| **× 2.000** | **−1.00** |")
     assert lines[3] == "| 1 | η = 20 | × 4.400 | −2.00 |" and len(lines) == 6
     assert tables.table(tests, "choice camvid") == "not run\n"
+
+
+def test_lines_fit_the_page():
+    """120 columns, everywhere."""
+    root = Path(__file__).resolve().parents[1]
+    long = [f"{path.name}:{number}" for folder in (".", "tests", "tests/results") for path in (root / folder).glob("*.py")
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert not long

@@ -296,8 +296,8 @@ def usual_places(study, args, nodes):
         calls = [dict(name=test, flags=flags, needs=[], tests={None: test}) for test, flags in tests.items()]
         if study == "systems":
             calls = [dict(name="", flags=["--root", root], needs=[], tests={None: f"systems_{data}"})]
-        places.append(dict(name=data, data=data, root=root, folder=runs / data, ready=ready, calls=calls, pretrain={}, student={},
-                           epochs=PASTED_EPOCHS[data]))
+        places.append(dict(name=data, data=data, root=root, folder=runs / data, ready=ready, calls=calls, pretrain={},
+                           student={}, epochs=PASTED_EPOCHS[data]))
 
     if "toy" in args.data:
         root = runs / "toy_data"
