@@ -268,11 +268,11 @@ def real(tests, study, data, group, reference="msp"):
     for name, label, *_ in experiments.STUDIES[study]:
         cells, seeds, gains = [], set(), []
         for test in columns.values():
-            both = by_seed(test, name, group, "aupr").keys() & by_seed(test, reference, group, "aupr").keys()
-            seeds |= both
-            factor, low, high = compare(test, name, reference, group) if both else (None, None, None)
+            paired = by_seed(test, name, group, "aupr").keys() & by_seed(test, reference, group, "aupr").keys()
+            seeds |= paired
+            factor, low, high = compare(test, name, reference, group) if paired else (None, None, None)
             interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-            cells.append(f"× {factor:.2f}{interval}" if both else ABSENT)
+            cells.append(f"× {factor:.2f}{interval}" if paired else ABSENT)
             mious = [by_seed(test, n, "miou") for n in (name, reference)]
             gains += [mious[0][s] - mious[1][s] for s in mious[0] if s in mious[1]]
         if seeds and name != reference:
