@@ -203,9 +203,9 @@ FPN = {"arch": "fpn", "width": 64, "backbone": "mobilenet_v2", "weights": "WEIGH
        "schedule": "poly"}
 # pretrain: flags; epochs: as PASTED_EPOCHS; split: of the in-domain images of a study
 REAL_DATA = {
-    "idd_lite": dict(pretrain=FPN | {"epochs": 16, "crop": (224, 320)}, epochs=2, anomaly=[],
+    "idd_lite": dict(pretrain=FPN | {"epochs": 6, "crop": (224, 320)}, epochs=2, anomaly=[],
                      split={"realchoice": "val", "real": "val"}),
-    "camvid": dict(pretrain=FPN | {"anomaly": "none", "epochs": 60, "crop": (180, 240), "scale": (0.5, 2)}, epochs=12,
+    "camvid": dict(pretrain=FPN | {"anomaly": "none", "epochs": 30, "crop": (180, 240), "scale": (0.5, 2)}, epochs=12,
                    anomaly=["--anomaly", "none"], split={"realchoice": "val", "real": "test"})}
 UP = ("mgu_generate.py", "auxiliary_ascent", {"ascent": ()})
 
@@ -257,7 +257,11 @@ def graph(study, args):
             ["--data", place["data"], "--root", place["root"], *as_flags(filled(place["pretrain"], place, args)),
              "--seed", seed, *hardware["training"]],
             place["folder"] / str(seed), place["ready"], "pretrained.pt")
-    for row in ENTRIES.get(study) or STUDIES[study]:
+    entries = ENTRIES.get(study)
+    for row in entries or STUDIES[study]:
+        names = [name for name, _ in row[3].values()] if entries else [row[0]]
+        if args.rows and not set(names) & set(args.rows):
+            continue
         for place, seed in pairs:
             (add_entry if study in ENTRIES else add_row)(nodes, study, row, place, seed, args, hardware)
     return nodes
@@ -623,6 +627,8 @@ def parse(argv=None):
     p.add_argument("--cutouts", metavar="FOLDER", help="real: objects as tests/paste.py takes them; of its halves")
     p.add_argument("--weights", metavar="FILE", help="real: of the backbone (default: ImageNet's, downloaded)")
     p.add_argument("--patches", metavar="FOLDER", help="systems, real: cut-outs of nothing that the tests hold")
+    p.add_argument("--rows", nargs="+", metavar="ROW", help="of these alone, and what is read off the same models "
+                   "(default: all of the study)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time (default: one a core)")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a command (default: 1)")
@@ -632,6 +638,10 @@ def parse(argv=None):
     p.add_argument("--workers", type=int, help="loader processes of a training run (default: the scripts')")
     p.add_argument("--precision", choices=("float32", "bf16"), help="of training (default: the scripts')")
     args = p.parse_args(argv)
+    unknown = set(args.rows or ()) - {name for name, *_ in STUDIES[args.study]}
+    if unknown:
+        p.error(f"--rows: {', '.join(sorted(unknown))}: not in {args.study}; expected some of "
+                f"{', '.join(name for name, *_ in STUDIES[args.study])}")
     real = args.study in HALVES
     args.data = args.data or (["idd_lite", "camvid"] if real else ["toy", "camvid"])
     there = {"toy": not real, "camvid": args.camvid or args.study == "quick", "idd_lite": real and args.idd}
