@@ -340,7 +340,7 @@ def real_places(study, args, nodes):
             tests = {k: f"{data}_{k}" for k in photographs}
             calls.append(dict(name="photographs", needs=[], flags=[
                 "--data", *photographs, "--root", *(Path(getattr(args, k)).resolve() for k in photographs),
-                "--size", *SEEN_AT, "--per-image"], tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
+                "--size", *SEEN_AT, "--per-image", "--components"], tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
         places.append(dict(name=f"real_{data}", data=data, root=root, folder=folder, ready=[], calls=calls,
                            pretrain=REAL_DATA[data]["pretrain"], epochs=REAL_DATA[data]["epochs"],
                            student={"student-backbone": "mobilenet_v2", "student-weights": "WEIGHTS"}))
@@ -522,6 +522,7 @@ def delete_used(nodes, todo):
 
 FIGURES = ("images", "flip_rate", "iterations_median", "rms", "mean_max_softmax")
 METRICS = ("aupr", "auroc", "fpr95", "fpr95_first")
+OBJECTS = ("siou", "ppv", "f1")
 
 
 def settings_of(node):
@@ -586,6 +587,8 @@ def rows_of(node, settings):
                        device=device_of(results), date=date)
             row.update({g: numbers[g] and {k: numbers[g][k] for k in METRICS if k in numbers[g]}
                         for g in ("pooled", "per_image")})
+            if numbers.get("objects"):
+                row["objects"] = {k: numbers["objects"][k] for k in OBJECTS}
             if "images" in numbers:   # AUPR of every image, in their order
                 row["images"] = [float(f"{m['aupr']:.3g}") for m in numbers["images"].values()]
             if settings:
