@@ -411,7 +411,9 @@ def real_numbers(tmp_path):
     rows = [dict(data="idd_lite", seed=s, test=f"idd_lite_{test}", name=name, set=None, flags="", device="", date="",
                  miou=None if test == "roadanomaly" else 60 + s - (name == "recipe"),
                  images=[factor * (4 + s), factor * 8], per_image=dict(aupr=factor * (6 + s / 2)),
-                 pooled=dict(aupr=(1 + s) * (1 if name == "msp" else 1.2 + 0.4 * s)))
+                 pooled=dict(aupr=(1 + s) * (1 if name == "msp" else 1.2 + 0.4 * s),
+                             fpr95=50 - (name == "recipe") * (4 + 2 * s)),
+                 **({"objects": dict(siou=10 * factor, ppv=20, f1=s)} if test == "roadanomaly" else {}))
             for test in ("pasted", "roadanomaly") for name, factor in (("msp", 1), ("recipe", 1.5)) for s in (0, 1)
             if (test, name, s) != ("roadanomaly", "recipe", 1)]
     (tmp_path / "real.json").write_text(json.dumps(dict(study="real", rows=rows, mgu=[], protocol={
@@ -428,6 +430,12 @@ def test_table_of_the_study_on_real_unknowns(real_numbers):
         "| 2 | × 1.39 [0.22, 8.62] | × 1.20 | −1.0 |")
     assert tables.table(real_numbers, "real idd_lite per_image recipe").splitlines()[2] == (
         "| MSP | 2 | × 0.67 [0.67, 0.67] | × 0.67 [0.67, 0.67] | +1.0 |")
+    # −4 and −6: mean −5, deviation √2, over √2 seeds, times t = 12.706
+    assert tables.table(real_numbers, "real idd_lite fpr95").splitlines()[2] == (
+        "| **MGU + AaFt**, the recipe | 2 | −5.0 [−17.7, +7.7] | −4.0 | −1.0 |")
+    assert tables.table(real_numbers, "real idd_lite objects").splitlines()[2:] == [
+        "| MSP | 2 | 10.00 / 20.00 / 0.50 | +0.0 |",
+        "| **MGU + AaFt**, the recipe | 2 | 15.00 / 20.00 / 0.00 | −1.0 |"]
     assert tables.table(real_numbers, "real camvid pooled") == "not run\n"
     for words, expected in {"over msp": "× 1.39", "interval msp 1": "0.2 to 8.6", "over clean": "not run"}.items():
         assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled aupr {words}") == expected

@@ -340,7 +340,8 @@ def real_places(study, args, nodes):
             tests = {k: f"{data}_{k}" for k in photographs}
             calls.append(dict(name="photographs", needs=[], flags=[
                 "--data", *photographs, "--root", *(Path(getattr(args, k)).resolve() for k in photographs),
-                "--size", *SEEN_AT, "--per-image", "--components"], tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
+                "--size", *SEEN_AT, "--per-image", "--components"],
+                tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
         places.append(dict(name=f"real_{data}", data=data, root=root, folder=folder, ready=[], calls=calls,
                            pretrain=REAL_DATA[data]["pretrain"], epochs=REAL_DATA[data]["epochs"],
                            student={"student-backbone": "mobilenet_v2", "student-weights": "WEIGHTS"}))

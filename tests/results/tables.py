@@ -9,10 +9,12 @@
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
     <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled; of systems one row each
+    <!-- table layers camvid -->…<!-- /table -->           what layers.py found (layers.json)
     <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
                                                            or objects
     <!-- table real idd_lite per_image -->…<!-- /table --> the study real (or realchoice): AUPR over MSP's with an
-                                                           interval, on each test of a training set; or pooled
+                                                           interval, on each test of a training set; or pooled,
+                                                           fpr95, objects
     <!-- table real idd_lite per_image recipe -->…         the same over another row's
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
@@ -60,8 +62,8 @@ def load(folder=HERE):
                         for (n, _), r in test["rows"].items() if n == row_name}
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
-    photographed = Path(folder, "photographs.json")
-    return tests | ({"photographs": json.loads(photographed.read_text())} if photographed.exists() else {})
+    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers")]
+    return tests | {path.stem: json.loads(path.read_text()) for path in others if path.exists()}
 
 
 # ───────────────────────────────────────────── numbers of seeds ─────────────────────────────────────────────
@@ -73,10 +75,16 @@ def by_seed(test, name, group, metric=None):
     return {seed: v for seed, v in values.items() if v is not None}
 
 
-def against_msp(test, name, group, metric=None, factor=True):
-    """[number over (or, without `factor`, minus) that of MSP of the same seed]."""
-    values, msp = by_seed(test, name, group, metric), by_seed(test, "msp", group, metric)
-    return [v / msp[s] if factor else v - msp[s] for s, v in values.items() if s in msp]
+def against(test, name, group, metric=None, reference="msp", factor=True):
+    """[number over (or, without `factor`, minus) that of the row `reference` of the same seed]."""
+    values, base = by_seed(test, name, group, metric), by_seed(test, reference, group, metric)
+    return [v / base[s] if factor else v - base[s] for s, v in values.items() if s in base]
+
+
+def t_margin(values):
+    """Half of the 95 % t interval of their mean; None of one value."""
+    n = len(values)
+    return scipy.stats.t.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
 
 
 def compare(test, name, reference, group):
@@ -91,9 +99,9 @@ def compare(test, name, reference, group):
     if group == "per_image" and all("images" in of[s] for of in rows for s in seeds):
         return bootstrap(*([of[s]["images"] for s in seeds] for of in rows))
     logs = [np.log(rows[0][s][group]["aupr"] / rows[1][s][group]["aupr"]) for s in seeds]
-    if len(logs) < 2:
+    margin = t_margin(logs)
+    if margin is None:
         return float(np.exp(logs[0])), None, None
-    margin = scipy.stats.t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / len(logs)**0.5
     return tuple(float(np.exp(np.mean(logs) + d)) for d in (0, -margin, margin))
 
 
@@ -151,7 +159,7 @@ def number(tests, words):
     if pair:
         factor, *interval = compare(test, of[0], how[1], of[1])
         return "× " + form.format(factor) if how[0] == "over" else " to ".join(map(form.format, interval))
-    factors, gains = against_msp(test, *of), against_msp(test, *of, factor=False)
+    factors, gains = against(test, *of), against(test, *of, factor=False)
     signed = f"{{:+.{1 if digits is None else digits}f}}"
     return {"mean": lambda: mean(values, form),
             "sd": lambda: form.format(statistics.stdev(values)) if len(values) > 1 else ABSENT,
@@ -190,11 +198,11 @@ def factors(test):
     for name, label in rows_of(test)[1:]:
         cells = []
         for group in ("pooled", "per_image"):
-            values = against_msp(test, name, group, "aupr")
+            values = against(test, name, group, "aupr")
             cells.append(f"× {mean(values)} ({', '.join(f'{v:.2f}' for v in values)})")
-        fpr = [mean(against_msp(test, name, group, "fpr95", factor=False), "{:+.1f}")
+        fpr = [mean(against(test, name, group, "fpr95", factor=False), "{:+.1f}")
                for group in ("pooled", "per_image")]
-        rows.append([label, *cells, ", ".join(fpr), mean(against_msp(test, name, "miou", factor=False), "{:+.1f}")])
+        rows.append([label, *cells, ", ".join(fpr), mean(against(test, name, "miou", factor=False), "{:+.1f}")])
     return lines_of(["against MSP of the same seed", "AUPR pooled: mean (by seed)", "AUPR per image: mean (by seed)",
                      "FPR95 pooled, per image", "mIoU"], rows)
 
@@ -233,8 +241,8 @@ def both(tests, study):
             continue
         cells = []
         for test in (tests.get(prefix + "toy"), tests.get(prefix + "camvid")):
-            factors = against_msp(test, name, "pooled", "aupr") if test else []
-            gains = [against_msp(test, name, *of, factor=False) if test else []
+            factors = against(test, name, "pooled", "aupr") if test else []
+            gains = [against(test, name, *of, factor=False) if test else []
                      for of in (("pooled", "fpr95"), ("miou",))]
             seeds = ", ".join(f"{v:.2f}" for v in factors)
             cells += [f"× {mean(factors)} ({seeds})", *(mean(g, "{:+.1f}") for g in gains)] if factors else \
@@ -258,28 +266,45 @@ def choice(tests, data):
 
 
 def real(tests, study, data, group, reference="msp"):
-    """AUPR over that of the row `reference`, with its 95 % interval, on every test of the models of one training set;
-    and the change of mIoU in points."""
+    """Every row on every test of the models of one training set, and its change of mIoU in points. group: per_image or
+    pooled, AUPR over that of the row `reference`; fpr95, pooled, points against it; objects, sIoU / PPV / F1 (mean of
+    the seeds)."""
     columns = {name: t for name, t in tests.items() if t.get("study") == study and t["data"] == data}
     columns = dict(sorted(columns.items(), key=lambda column: not column[0].endswith(("pasted", "choosing"))))
-    if not columns:
+    shown = {name: t for name, t in columns.items()
+             if group != "objects" or any("objects" in row for row in t["rows"].values())}
+    if not shown:
         return f"{ABSENT}\n"
     rows = []
     for name, label, *_ in experiments.STUDIES[study]:
-        cells, seeds, gains = [], set(), []
+        seeds, gains = set(), []
         for test in columns.values():
-            paired = by_seed(test, name, group, "aupr").keys() & by_seed(test, reference, group, "aupr").keys()
-            seeds |= paired
-            factor, low, high = compare(test, name, reference, group) if paired else (None, None, None)
-            interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-            cells.append(f"× {factor:.2f}{interval}" if paired else ABSENT)
             mious = [by_seed(test, n, "miou") for n in (name, reference)]
+            seeds |= mious[0].keys() & mious[1].keys()
             gains += [mious[0][s] - mious[1][s] for s in mious[0] if s in mious[1]]
-        if seeds and name != reference:
+        if seeds and (name != reference or group == "objects"):
+            cells = [real_cell(test, name, reference, group) or ABSENT for test in shown.values()]
             rows.append([label, str(len(seeds)), *cells, mean(gains, "{:+.1f}")])
-    names = [name.removeprefix(f"{data}_") for name in columns]
+    names = [name.removeprefix(f"{data}_") for name in shown]
     base = next(label for name, label, *_ in experiments.STUDIES[study] if name == reference)
-    return lines_of([f"AUPR over {base}", "seeds", *names, "mIoU"], rows)
+    head = {"objects": "sIoU / PPV / F1", "fpr95": f"FPR95 against {base}"}.get(group, f"AUPR over {base}")
+    return lines_of([head, "seeds", *names, "mIoU"], rows)
+
+
+def real_cell(test, name, reference, group):
+    """What stands in a column of the table real, or None."""
+    found, base = ([row for (n, _), row in sorted(test["rows"].items()) if n == which] for which in (name, reference))
+    if group == "objects":
+        return " / ".join(mean([row["objects"][k] for row in found]) for k in experiments.OBJECTS) if found else None
+    if not {r["seed"] for r in found} & {r["seed"] for r in base}:
+        return None
+    if group == "fpr95":
+        points = against(test, name, "pooled", "fpr95", reference, factor=False)
+        margin = t_margin(points)
+        ends = [] if margin is None else [mean([statistics.mean(points) + d], "{:+.1f}") for d in (-margin, margin)]
+        return mean(points, "{:+.1f}") + (f" [{ends[0]}, {ends[1]}]" if ends else "")
+    factor, low, high = compare(test, name, reference, group)
+    return f"× {factor:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def photographs(found, group):
@@ -295,8 +320,21 @@ def photographs(found, group):
     return lines_of(["trained on", "score", *evaluation["protocol"]], rows)
 
 
+def layers(data, rows):
+    """layers.json: mean ± deviation over the seeds."""
+    found = {}
+    for row in rows:
+        if row["data"] == data:
+            found.setdefault((row["layer"], row["upsampling"]), []).append(row["aupr"])
+    return lines_of(["map", "upsampling", "seeds", "AUPR pooled", "per image"], [
+        [*key, str(len(seeds)), *(mean_sd(s[k] for s in seeds) for k in ("pooled", "per_image"))]
+        for key, seeds in found.items()])
+
+
 def table(tests, words):
     kind, name, *more = words.split()
+    if kind == "layers":
+        return layers(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "choice":
         return choice(tests, name)
     if kind == "both":
