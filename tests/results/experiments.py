@@ -238,7 +238,12 @@ REAL_ALPHAS = [one_row("kl1", "L_KL, α = 1", alpha=1)] + [
     one_row(f"{name}_{alpha}", f"control: {CONTROL_LABELS[name]}, α = {alpha}", alpha=alpha, **flags)
     for name, flags in CONTROL_SETS.items() for alpha in (0.1, 1)]
 
-ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + SYSTEMS[3:] + REAL_ALPHAS, "realchoice": REAL_ROWS + REAL_ALPHAS}
+TRACKED = {"tradi": (0.02, 0.02)}    # TRADI only watches a training: that of f itself
+TRADI = "pretrained.pt", [], {"tradi": 10}, {"msp": ("tradi", "TRADI, 10 samples")}
+REAL_SYSTEMS = [TRADI if "tradi" in flags else (ckpt, stages, flags, scores)
+                for ckpt, stages, flags, scores in SYSTEMS[3:]]
+
+ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + REAL_SYSTEMS + REAL_ALPHAS, "realchoice": REAL_ROWS + REAL_ALPHAS}
 STUDIES = {"choice": CHOICE, "main": MAIN,
            "quick": [MSP, ("recipe", "**the recipe**", "default", {})],
            **{study: [(*row, None, {}) for *_, scores in entries for row in scores.values()]
@@ -254,8 +259,8 @@ def graph(study, args):
     pairs = [(place, seed) for seed in args.seeds for place in places]
     for place, seed in pairs:
         add(nodes, f"{place['name']}/{seed}/pretrain", "pretrain.py",
-            ["--data", place["data"], "--root", place["root"], *as_flags(filled(place["pretrain"], place, args)),
-             "--seed", seed, *hardware["training"]],
+            ["--data", place["data"], "--root", place["root"],
+             *as_flags(filled(place["pretrain"] | place["tracked"], place, args)), "--seed", seed, *hardware["training"]],
             place["folder"] / str(seed), place["ready"], "pretrained.pt")
     entries = ENTRIES.get(study)
     for row in entries or STUDIES[study]:
@@ -289,8 +294,8 @@ def hardware_flags(args):
 
 
 # A place is a data set and where its models are made: dict(name, data, root, folder, ready: commands that pretraining
-# needs, pretrain, student: flags, epochs: as PASTED_EPOCHS, calls of evaluate.py: [dict(name, flags, needs,
-# tests: {data set of results.json, or None where it has one: name of the test})]
+# needs, pretrain, tracked (of f alone), student: flags, epochs: as PASTED_EPOCHS, calls of evaluate.py: [dict(name,
+# flags, needs, tests: {data set of results.json, or None where it has one: name of the test})]
 
 def usual_places(study, args, nodes):
     """Toy and CamVid, with the scripts' defaults."""
@@ -301,7 +306,7 @@ def usual_places(study, args, nodes):
         if study == "systems":
             calls = [dict(name="", flags=["--root", root], needs=[], tests={None: f"systems_{data}"})]
         places.append(dict(name=data, data=data, root=root, folder=runs / data, ready=ready, calls=calls, pretrain={},
-                           student={}, epochs=PASTED_EPOCHS[data]))
+                           tracked={}, student={}, epochs=PASTED_EPOCHS[data]))
 
     if "toy" in args.data:
         root = runs / "toy_data"
@@ -343,7 +348,7 @@ def real_places(study, args, nodes):
                 "--size", *SEEN_AT, "--per-image", "--components"],
                 tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
         places.append(dict(name=f"real_{data}", data=data, root=root, folder=folder, ready=[], calls=calls,
-                           pretrain=REAL_DATA[data]["pretrain"], epochs=REAL_DATA[data]["epochs"],
+                           pretrain=REAL_DATA[data]["pretrain"], tracked=TRACKED, epochs=REAL_DATA[data]["epochs"],
                            student={"student-backbone": "mobilenet_v2", "student-weights": "WEIGHTS"}))
     return places
 
