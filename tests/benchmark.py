@@ -11,6 +11,7 @@
 import argparse
 import contextlib
 import copy
+import ctypes
 import gc
 import io
 import json
@@ -1012,17 +1013,32 @@ def bench_memory(args):
 # ────────────────────────────────────────────────── scores ──────────────────────────────────────────────────
 
 def seconds_of(make, device, repeat):
-    """Median seconds of make() after one that does not count, and GiB at the peak of the device (None on a CPU)."""
+    """Median seconds of make() after one that does not count, and GiB at its peak: of the device, or on a CPU above what
+    was there before (where /proc tells: Linux)."""
     make()
     synchronise(device)
     peak_memory(device, reset=True)
+    before = reset_peak() if device.type == "cpu" else None
+    make()
+    synchronise(device)
+    peak = (memory() - before) / 1024 if before else peak_memory(device)
     times = []
     for _ in range(repeat):
         begun = time.perf_counter()
         make()
         synchronise(device)
         times.append(time.perf_counter() - begun)
-    return statistics.median(times), peak_memory(device)
+    return statistics.median(times), peak and round(peak, 2)
+
+
+def reset_peak():
+    """Let the peak of this process's memory start anew; MiB that it holds now, or None where /proc does not tell."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)              # what was freed and is still held would hide what comes
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    return memory(False)
 
 
 @torch.no_grad()
@@ -1079,15 +1095,15 @@ def main():
     p.add_argument("--json", help="gpu, memory, scores: write every number to this file too")
     p.add_argument("--budget", type=float, default=600, help="gpu: seconds that it may take (default: 600)")
     p.add_argument("--arch", choices=common.ARCHS,
-                   help="gpu, memory: this one alone (default: deeplabv3 and pspnet); training (default: deeplabv3)")
-    p.add_argument("--repeat", type=int, default=5, help="mgu, training: runs of each side, in turn (default: 5)")
+                   help="gpu, memory: this one alone (default: deeplabv3 and pspnet); training, scores (default: deeplabv3)")
+    p.add_argument("--repeat", type=int, default=5, help="mgu, training: runs of each side, in turn; scores (default: 5)")
     p.add_argument("--ckpt", help="mgu: checkpoint of pretrain.py (default: random weights)")
     p.add_argument("--root", help="mgu: folder of its dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=int, default=2, help="mgu: images of each class (default: 2)")
     p.add_argument("--max-steps", type=int, default=80, help="mgu: iteration cap (default: 80)")
     p.add_argument("--batch-size", type=int, default=8, help="mgu: images at once (default: 8)")
     p.add_argument("--backbone", choices=tuple(common.BACKBONES),
-                   help="gpu, memory, training (default: resnet50; training on a CPU: mobilenet_v3_large)")
+                   help="gpu, memory, training, scores (default: resnet50; training on a CPU: mobilenet_v3_large)")
     p.add_argument("--crop", type=int, nargs=2, help="training: pixels (default: 512 512 on CUDA, else 180 240)")
     p.add_argument("--device", help="cuda or cpu (default: cuda where there is a GPU)")
     args = p.parse_args()

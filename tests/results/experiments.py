@@ -219,8 +219,8 @@ CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise"
 CONTROL_LABELS = {**CONTROLS, "ascent": "as many steps up the gradient"}
 REAL_ROWS = [
     *SYSTEMS[:3],
-    one_row("paper", "L_ER, α = 0.05, no known images, batch norm on the batch", loss="er", alpha=0.05, mix="none",
-            bn="train"),
+    one_row("paper", "L_ER, α = 0.05, no known images (as many steps), batch norm on the batch", loss="er", alpha=0.05,
+            mix="none", epochs=20, bn="train"),
     *(one_row(name, f"control: {CONTROL_LABELS[name]}", **flags) for name, flags in CONTROL_SETS.items()),
     one_row("other", "control: MGU of another model", aux="OTHER", any_model=()),
     # what may take the harm away
@@ -260,7 +260,8 @@ def graph(study, args):
     for place, seed in pairs:
         add(nodes, f"{place['name']}/{seed}/pretrain", "pretrain.py",
             ["--data", place["data"], "--root", place["root"],
-             *as_flags(filled(place["pretrain"] | place["tracked"], place, args)), "--seed", seed, *hardware["training"]],
+             *as_flags(filled(place["pretrain"] | place["tracked"], place, args)), "--seed", seed,
+             *hardware["training"]],
             place["folder"] / str(seed), place["ready"], "pretrained.pt")
     entries = ENTRIES.get(study)
     for row in entries or STUDIES[study]:
