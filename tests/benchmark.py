@@ -1013,8 +1013,8 @@ def bench_memory(args):
 # ────────────────────────────────────────────────── scores ──────────────────────────────────────────────────
 
 def seconds_of(make, device, repeat):
-    """Median seconds of make() after one that does not count, and GiB at its peak: of the device, or on a CPU above what
-    was there before (where /proc tells: Linux)."""
+    """Median seconds of make() after one that does not count, and GiB at its peak: of the device, or on a CPU above
+    what was there before (where /proc tells: Linux)."""
     make()
     synchronise(device)
     peak_memory(device, reset=True)
@@ -1095,8 +1095,10 @@ def main():
     p.add_argument("--json", help="gpu, memory, scores: write every number to this file too")
     p.add_argument("--budget", type=float, default=600, help="gpu: seconds that it may take (default: 600)")
     p.add_argument("--arch", choices=common.ARCHS,
-                   help="gpu, memory: this one alone (default: deeplabv3 and pspnet); training, scores (default: deeplabv3)")
-    p.add_argument("--repeat", type=int, default=5, help="mgu, training: runs of each side, in turn; scores (default: 5)")
+                   help="gpu, memory: this one alone (default: deeplabv3 and pspnet); training, scores (default: "
+                   "deeplabv3)")
+    p.add_argument("--repeat", type=int, default=5,
+                   help="mgu, training: runs of each side, in turn; scores: of each (default: 5)")
     p.add_argument("--ckpt", help="mgu: checkpoint of pretrain.py (default: random weights)")
     p.add_argument("--root", help="mgu: folder of its dataset (default: the checkpoint's)")
     p.add_argument("--per-class", type=int, default=2, help="mgu: images of each class (default: 2)")
