@@ -1374,6 +1374,9 @@ def system_flags(p):
     g = p.add_argument_group("related systems that read the embedding or the weights")
     g.add_argument("--knn-k", type=common.whole(), default=3,
                    help="neighbours of --score knn and cknn (published: 3, the default)")
+    g.add_argument("--knn-layer", choices=("embedding", "4", "8", "16", "32"), default="embedding",
+                   help="what they compare: the embedding before its activation, or the backbone's map at a stride, of "
+                   "--arch fpn and mask2former (ours: embedding)")
     g.add_argument("--knn-images", type=common.whole(), default=500,
                    help="training images that the references come from (published: 500, the default)")
     g.add_argument("--knn-vectors", type=common.whole(), default=100_000,
@@ -1615,24 +1618,30 @@ def knn_distance(queries, references, k=3, chunk=1024, skip=0):
     return torch.cat(found)
 
 
+def knn_map(f, X, outputs, layer):
+    """The map (B, C, h, w) to compare: the embedding before its activation, or a pyramid's from the backbone."""
+    return (outputs["embedding"] if layer == "embedding" else f.maps(X)[layer]).float()
+
+
 @functools.cache
 @torch.no_grad()
-def knn_references(f, train_root, images, vectors, k, chunk, seed, device):
+def knn_references(f, train_root, images, vectors, k, chunk, seed, device, layer="embedding"):
     """What knn and cknn compare with, from f's training images, the same on every rank: dict(vectors (R, C) float32,
     energy: its (lowest, highest) over all their pixels, farthest: the largest distance among the vectors themselves).
 
     As published: `images` at random, whole; `vectors` at random among the cells with a known class; the distance of a
     vector of at most 30000 to its k nearest among the others.
-    ASSUMPTION: the embedding before its activation (published: keys of a transformer); as many vectors from each image;
-    the 30000 are references (published: of their own)."""
+    ASSUMPTION: the layer (published: keys of a transformer); as many vectors from each image; the 30000 are references
+    (published: of their own)."""
     scenes = training_scenes(f, train_root)
     chosen = np.random.default_rng(seed).permutation(len(scenes))[:images].tolist()
     share, kept, low, high = max(1, vectors // len(chosen)), [], math.inf, -math.inf
     with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
         items = common.ahead(readers, scenes.__getitem__, chosen, count=16)
         for item in common.progress(items, "kNN references", total=len(chosen), leave=False):
-            seen = f.outputs(common.to_input(item["image"][None], device))
-            E = seen["embedding"][0].float()                                                     # (C, h, w)
+            X = common.to_input(item["image"][None], device)
+            seen = f.outputs(X)
+            E = knn_map(f, X, seen, layer)[0]                                                    # (C, h, w)
             cells = np.flatnonzero(common.labels_at(item["label"], E.shape[1:]) < f.num_classes)
             cells = np.random.default_rng([seed, item["index"]]).permutation(cells)[:share]
             kept.append(E.flatten(1)[:, torch.from_numpy(cells).to(device)].T)
@@ -1650,25 +1659,29 @@ def knn_references(f, train_root, images, vectors, k, chunk, seed, device):
 def make_knn(name, fs, args, device):
     """Dense kNN (Galesso et al., "Far away in the deep space: dense nearest-neighbor-based out-of-distribution
     detection", ICCV Workshops 2023), DNP: the distance d of a cell of the embedding to its k nearest references; "cknn"
-    is cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max."""
+    is cDNP, with the energy e: (e − e_min)/(e_max − e_min) + d/d_max. Raises InputError for a layer that f has not."""
+    for f in fs:
+        if args.knn_layer != "embedding" and f.arch not in common.PYRAMIDS:
+            raise common.InputError(f"{f.origin[0]}: --knn-layer {args.knn_layer}: {f.arch} has no map of it; expected "
+                                    "embedding")
     known = [knn_references(f, args.train_root, args.knn_images, args.knn_vectors, args.knn_k, args.knn_chunk,
-                            args.seed, device) for f in fs]
+                            args.seed, device, args.knn_layer) for f in fs]
 
-    def distances(seen):
+    def distances(X, seen):
         """A map (B, h, w) of each model; made once for an image, for knn and cknn."""
         if "distances" not in seen:
             seen["distances"] = []
-            for outputs, r in zip(seen["each"], known):
-                E = outputs["embedding"].float().movedim(1, -1)                                  # (B, h, w, C)
+            for f, outputs, r in zip(fs, seen["each"], known):
+                E = knn_map(f, X, outputs, args.knn_layer).movedim(1, -1)                        # (B, h, w, C)
                 d = knn_distance(E.flatten(0, 2), r["vectors"], args.knn_k, args.knn_chunk)
                 seen["distances"].append(d.view(E.shape[:3]))
         return seen["distances"]
 
     def knn(X, seen, index):
-        return full_size(distances(seen), X)
+        return full_size(distances(X, seen), X)
 
     def cknn(X, seen, index):
-        score = full_size([d / r["farthest"] for d, r in zip(distances(seen), known)], X)
+        score = full_size([d / r["farthest"] for d, r in zip(distances(X, seen), known)], X)
         for outputs, r in zip(seen["each"], known):
             low, high = r["energy"]
             score = score + (score_energy(outputs["logits"]) - low) / (high - low) / len(known)
@@ -1760,7 +1773,7 @@ def systems_protocol(args):
     told = {}
     if {"knn", "cknn"} & set(args.score):
         told["knn"] = dict(k=args.knn_k, images=args.knn_images, vectors=args.knn_vectors, seed=args.seed,
-                           layer="embedding before its activation", upsampling="bilinear")
+                           layer=args.knn_layer, upsampling="bilinear")
     if "dicnet" in args.score:
         told["student"] = common.fingerprint(args.student)
     if args.tradi:

@@ -100,8 +100,8 @@ class Reader:
 
 
 def options(**given):
-    return argparse.Namespace(**{**dict(train_root=None, knn_k=2, knn_images=3, knn_vectors=30, knn_chunk=10, seed=5,
-                                        student=None), **given})
+    return argparse.Namespace(**{**dict(train_root=None, knn_k=2, knn_images=3, knn_vectors=30, knn_chunk=10,
+                                        knn_layer="embedding", seed=5, student=None), **given})
 
 
 def test_references_are_labelled_cells_of_training_images(monkeypatch):
@@ -123,6 +123,29 @@ def test_references_are_labelled_cells_of_training_images(monkeypatch):
     assert vectors.equal(again) and not vectors.equal(other)
     with pytest.raises(common.InputError, match="too few for 50 neighbours"):
         evaluate.knn_references(Reader(), None, 3, 30, 50, 10, 5, CPU)
+
+
+def test_knn_of_a_layer_of_the_backbone(monkeypatch):
+    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: Scenes())
+    f = common.Segmenter("fpn", "mobilenet_v2", 5, width=8).eval().requires_grad_(False)
+    f.origin, given = ("f.pt", {}), options(knn_layer="8", knn_images=4, knn_vectors=32)
+    seen_by_layer = []
+    f.backbone["6"].register_forward_hook(lambda module, inputs, out: seen_by_layer.append(out))     # stride 8
+    X = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(3))
+    score = evaluate.prepare_scores([f], ["knn"], given, CPU)["knn"]
+    cells = [E[0].flatten(1).T[4:] for E in seen_by_layer[::2]]       # of (3, 4) those whose centre has a class
+    assert len(cells) == 4 and len(seen_by_layer) == 8
+    vectors = torch.cat(cells)
+    seen_by_layer.clear()
+    f(X)
+    d = torch.from_numpy(sklearn_distance(seen_by_layer[0][0].flatten(1).T, vectors, 2)).view(1, 1, 6, 8)
+    expected = F.interpolate(d, (48, 64), mode="bilinear", align_corners=False)[:, 0]
+    assert torch.allclose(score(X, evaluate.forward([f], X), 0).double(), expected, rtol=1e-3)
+    for arch, layer in (("deeplabv3", "16"), ("pspnet", "4")):
+        other = common.Segmenter(arch, "mobilenet_v2", 5)
+        other.origin = "other.pt", {}
+        with pytest.raises(common.InputError, match=f"other.pt: --knn-layer {layer}: {arch} has no map"):
+            evaluate.prepare_scores([other], ["knn"], options(knn_layer=layer), CPU)
 
 
 def test_maps_of_knn_and_cknn_by_hand(monkeypatch):

@@ -217,8 +217,15 @@ def one_row(name, label, before=AUXILIARY, **flags):
 
 CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP)}
 CONTROL_LABELS = {**CONTROLS, "ascent": "as many steps up the gradient"}
+KNN_LAYER = {"knn-layer": 16}     # the layer that layers.py found best on CamVid's choosing images
+RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
 REAL_ROWS = [
-    *SYSTEMS[:3],
+    ("pretrained.pt", [], {"knn-vectors": 20_000}, SYSTEMS[0][3]),
+    ("pretrained.pt", [], KNN_LAYER, {
+        "knn": ("knn16", "dense kNN on the backbone's map of stride 16"), "cknn": ("cknn16", "the same with energy")}),
+    ("recipe.pt", RECIPE, {}, {"msp": SYSTEMS[1][3]["msp"], "entropy": SYSTEMS[1][3]["entropy"]}),
+    ("recipe.pt", RECIPE, KNN_LAYER, {"knn": ("recipe_knn16", "MGU + AaFt, dense kNN on the map of stride 16")}),
+    one_row("clean", "control: L_k alone", images="clean"),
     one_row("paper", "L_ER, α = 0.05, no known images (as many steps), batch norm on the batch", loss="er", alpha=0.05,
             mix="none", epochs=20, bn="train"),
     *(one_row(name, f"control: {CONTROL_LABELS[name]}", **flags) for name, flags in CONTROL_SETS.items()),

@@ -2,7 +2,7 @@
 
     python tests/results/layers.py --root pasted 0/pretrained.pt 1/pretrained.pt       # made by tests/paste.py
 
-    in     checkpoints of --arch fpn; a data folder with a split `test` (--train-root: where f's training data lie)
+    in     checkpoints of --arch fpn; a choosing set, its split `test` (--train-root: where f's training data lie)
     out    layers.json beside this file: rows of dict(data, seed, layer, upsampling, aupr: {pooled, per_image}), in %
 
 Everything but the map is as in `evaluate.py --score knn`: k = 3, --images and --vectors references. AUPR is
@@ -61,7 +61,8 @@ def scores(f, scenes, args):
 def main():
     p = argparse.ArgumentParser(description="AUPR of dense kNN by layer and upsampling, on a choosing set.")
     p.add_argument("ckpt", nargs="+")
-    p.add_argument("--root", required=True, help="the choosing set, as tests/paste.py writes it")
+    p.add_argument("--data", default="folder", help="the choosing set (default: folder, as tests/paste.py writes it)")
+    p.add_argument("--root", required=True, help="its folder")
     p.add_argument("--train-root", help="of f's training images (default: the checkpoint's)")
     p.add_argument("--images", type=int, default=500)
     p.add_argument("--vectors", type=int, default=20_000, help="references (default: 20000, a fifth of evaluate.py's)")
@@ -69,7 +70,7 @@ def main():
     out = HERE / "layers.json"
     rows = {tuple(r[k] for k in ("data", "seed", "layer", "upsampling")): r
             for r in (json.loads(out.read_text())["rows"] if out.exists() else [])}
-    scenes = common.Scenes("folder", args.root, "test")
+    scenes = common.Scenes(args.data, args.root, "test")
     labels = [item["label"].numpy() == common.ANOMALY for item in scenes]
     for path in args.ckpt:
         f, checkpoint = common.load_checkpoint(path)
