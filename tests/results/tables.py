@@ -24,6 +24,7 @@ of the factors; `over sign`, `interval sign`: over the row sign as in the table 
 its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the protocol, `photographs camvid
 msp roadanomaly pooled aupr` of photographs.json. What the files do not hold is "not run".
 """
+import functools
 import json
 import re
 import statistics
@@ -97,7 +98,7 @@ def compare(test, name, reference, group):
     rows = [{seed: row for (n, seed), row in test["rows"].items() if n == which} for which in (name, reference)]
     seeds = sorted(rows[0].keys() & rows[1].keys())
     if group == "per_image" and all("images" in of[s] for of in rows for s in seeds):
-        return bootstrap(*([of[s]["images"] for s in seeds] for of in rows))
+        return bootstrap_once(*(tuple(tuple(of[s]["images"]) for s in seeds) for of in rows))
     logs = [np.log(rows[0][s][group]["aupr"] / rows[1][s][group]["aupr"]) for s in seeds]
     margin = t_margin(logs)
     if margin is None:
@@ -116,6 +117,9 @@ def bootstrap(a, b, draws=4000, seed=0):
     seeds, images = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in a.shape)      # how often each is drawn
     ratios = ((seeds @ a) * images).sum(1) / ((seeds @ b) * images).sum(1)
     return float(a.mean() / b.mean()), *(float(q) for q in np.percentile(ratios, (2.5, 97.5)))
+
+
+bootstrap_once = functools.cache(bootstrap)     # of tuples: tables and sentences ask for the same again and again
 
 
 def mean(values, form="{:.2f}"):
