@@ -1058,9 +1058,8 @@ def bench_scores(args, device):
     X = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     options = argparse.Namespace(passes=10, crf_iterations=10, seed=0, knn_k=3, knn_images=500, knn_vectors=vectors,
                                  knn_chunk=1024, knn_layer="embedding", train_root=None, student="student.pt",
-                                 generator="generator.pt",
-                                 synthcp_threshold=0.999, ckpt=["f.pt"], baseline=[], queries_from=None, lam=0.6,
-                                 border=None, refine=None)
+                                 generator="generator.pt", synthcp_threshold=0.999, ckpt=["f.pt"], baseline=[],
+                                 queries_from=None, lam=0.6, border=None, refine=None)
     references = dict(vectors=torch.randn(vectors, f.classifier.in_channels, device=device), energy=(-1.0, 0.0),
                       farthest=1.0)
     rows = []
