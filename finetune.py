@@ -86,9 +86,8 @@ def parse():
     g.add_argument("--alpha", type=common.real(0),
                    help="α, weight of the loss on D_s (paper: 0.05, Sec. IV-A; small sets: 0.3; margin: 1)")
     system_flags(p)
-    pretrain.training_flags(p, "passes over the auxiliary set (paper: 10 for deeplabv3, 30 for pspnet) or, of "
-                            "--synthesis, the training split (SynthCP: 200; toy: 8, camvid: 40, idd_lite: 10)",
-                            micro_batch=16)
+    pretrain.training_flags(p, "passes over the auxiliary set or, without one, the training split (paper: 10 for "
+                            "deeplabv3, 30 for pspnet)", micro_batch=16)
     return checked(p, p.parse_args())
 
 
@@ -698,7 +697,11 @@ def system_flags(p):
                    "before --epochs (ours: 300)")
     g.add_argument("--flow-border", choices=("yes", "no"), help="whether the loss reaches the flow through its "
                    "samples; no: the flow learns from the likelihood alone (ours: yes)")
-    g = p.add_argument_group("related systems, without auxiliary set")
+    usual = {stage: common.PAPER[stage] | common.OURS[stage] for stage in ("prototypes", "distill", "synthesis")}
+    g = p.add_argument_group("related systems, without auxiliary set", "passes over the training split (--prototypes: "
+                             "over its images). Defaults, small sets differ: " + "; ".join(
+                                 "--{}: {epochs} epochs, batch {batch_size}, rate {lr:g}".format(stage, **values)
+                                 for stage, values in usual.items()))
     g.add_argument("--prototypes", type=common.whole(), metavar="K",
                    help="PGAN: a cosine classifier from K annotated images a class, all else of f stays (default: "
                    "none)")

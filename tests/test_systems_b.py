@@ -385,6 +385,23 @@ def test_distillation_script(small):
     assert run("evaluate.py", "--ckpt", "pretrained.pt", "--score", "dicnet", folder=small).code == 2
 
 
+def test_layers_agree_with_the_score(small, tmp_path):
+    script, out = "tests/results/layers.py", tmp_path / "layers.json"
+    shared = "--data", "toy", "--root", small / "toy"
+    run_ok(script, small / "pretrained.pt", *shared, "--images", 3, "--vectors", 60, "--out", out, folder=tmp_path)
+    rows = {(r["layer"], r["upsampling"]): r["aupr"] for r in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 12
+    for layer, flag in (("embedding", "embedding"), ("backbone, stride 8", 8)):
+        run_ok("evaluate.py", "--ckpt", small / "pretrained.pt", *shared, "--score", "knn", "--knn-layer", flag,
+               "--knn-images", 3, "--knn-vectors", 60, "--panels", 0, folder=tmp_path)
+        found = json.loads((tmp_path / "results/results.json").read_text())
+        for group in ("pooled", "per_image"):
+            assert rows[layer, "bilinear"][group] == pytest.approx(found[group]["aupr"], abs=2e-3)
+    assert len({r["pooled"] for r in rows.values()}) > 6                   # the layers differ
+    done = run(script, tmp_path / "none.pt", *shared, "--out", tmp_path / "no.json", folder=tmp_path)
+    assert done.code == 1 and "none.pt" in done.err and done.err.count("\n") == 1, done.err
+
+
 # ─────────────────────────────────────────────────── TRADI ───────────────────────────────────────────────────
 
 def test_the_gains_follow_the_recursion_and_settle():

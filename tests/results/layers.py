@@ -58,7 +58,7 @@ def scores(f, scenes, args):
         yield from ((layer, how, maps) for how, maps in found.items())
 
 
-def main():
+def parse(argv=None):
     p = argparse.ArgumentParser(description="AUPR of dense kNN by layer and upsampling, on a choosing set.")
     p.add_argument("ckpt", nargs="+")
     p.add_argument("--data", default="folder", help="the choosing set (default: folder, as tests/paste.py writes it)")
@@ -66,14 +66,21 @@ def main():
     p.add_argument("--train-root", help="of f's training images (default: the checkpoint's)")
     p.add_argument("--images", type=int, default=500)
     p.add_argument("--vectors", type=int, default=20_000, help="references (default: 20000, a fifth of evaluate.py's)")
-    args = p.parse_args()
-    out = HERE / "layers.json"
+    p.add_argument("--out", default=str(HERE / "layers.json"), help="JSON to add to (default: layers.json here)")
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse()
+    out = Path(args.out)
     rows = {tuple(r[k] for k in ("data", "seed", "layer", "upsampling")): r
             for r in (json.loads(out.read_text())["rows"] if out.exists() else [])}
     scenes = common.Scenes(args.data, args.root, "test")
     labels = [item["label"].numpy() == common.ANOMALY for item in scenes]
     for path in args.ckpt:
         f, checkpoint = common.load_checkpoint(path)
+        if f.arch not in common.PYRAMIDS:
+            raise common.InputError(f"{path}: a model of --arch {f.arch}; expected one of {', '.join(common.PYRAMIDS)}")
         f.origin, key = (path, checkpoint), (checkpoint["data"], checkpoint["settings"]["seed"])
         for layer, how, maps in scores(f.requires_grad_(False), scenes, args):
             pooled = average_precision_score(np.concatenate([l.ravel() for l in labels]),
@@ -89,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.cli(main)
