@@ -165,7 +165,7 @@ def test_graph(study, monkeypatch):
         made = {s[1]: next(iter(scores.values()))[0] for *_, stages, _, scores in experiments.ENTRIES[study]
                 for s in stages if s[0] == "finetune.py"}
         once = [name for name, row in made.items() if row in experiments.FIRST_SEED]
-        assert once == ([] if study == "realchoice" else ["student.pt", "student_4.pt", "student_16.pt"])
+        assert once == ([] if study == "realchoice" else ["student.pt", "student_fifth.pt", "student_4.pt", "student_16.pt"])
         assert len(trained) == 2 * (3 * (len(made) - len(once)) + len(once))
         return
     assert len(trained) == rows * 3 * (1 if study == "quick" else 2)
@@ -425,21 +425,22 @@ def real_numbers(tmp_path):
 def test_table_of_the_study_on_real_unknowns(real_numbers):
     assert tables.table(real_numbers, "real idd_lite per_image").splitlines() == [
         "| AUPR over MSP | seeds | pasted | roadanomaly | mIoU |", "| --- | --- | --- | --- | --- |",
-        "| **MGU + AaFt**, the recipe | 2 | × 1.50 [1.50, 1.50] | × 1.50 [1.50, 1.50] | −1.0 |"]
+        "| **MGU + AaFt**, the recipe | 2 | × 1.50 [1.50, 1.50] | × 1.50 [1.50, 1.50] (1 seed) | −1.0 |"]
     # by hand: √(1.2 · 1.6) = 1.386; |log 1.2 − log 1.6| / 2 = 0.1438, times t = 12.706 → e^±1.828
     assert tables.table(real_numbers, "real idd_lite pooled").splitlines()[2].endswith(
-        "| 2 | × 1.39 [0.22, 8.62] | × 1.20 | −1.0 |")
+        "| 2 | × 1.39 [0.22, 8.62] | × 1.20 (1 seed) | −1.0 |")
     assert tables.table(real_numbers, "real idd_lite per_image recipe").splitlines()[2] == (
-        "| MSP | 2 | × 0.67 [0.67, 0.67] | × 0.67 [0.67, 0.67] | +1.0 |")
+        "| MSP | 2 | × 0.67 [0.67, 0.67] | × 0.67 [0.67, 0.67] (1 seed) | +1.0 |")
     # −4 and −6: mean −5, deviation √2, over √2 seeds, times t = 12.706
     assert tables.table(real_numbers, "real idd_lite fpr95").splitlines()[2] == (
-        "| **MGU + AaFt**, the recipe | 2 | −5.0 [−17.7, +7.7] | −4.0 | −1.0 |")
+        "| **MGU + AaFt**, the recipe | 2 | −5.0 [−17.7, +7.7] | −4.0 (1 seed) | −1.0 |")
     assert tables.table(real_numbers, "real idd_lite objects").splitlines()[2:] == [
         "| MSP | 2 | 10.00 / 20.00 / 0.50 | +0.0 |",
-        "| **MGU + AaFt**, the recipe | 2 | 15.00 / 20.00 / 0.00 | −1.0 |"]
+        "| **MGU + AaFt**, the recipe | 2 | 15.00 / 20.00 / 0.00 (1 seed) | −1.0 |"]
     assert tables.table(real_numbers, "real camvid pooled") == "not run\n"
-    for words, expected in {"over msp": "× 1.39", "interval msp 1": "0.2 to 8.6", "over clean": "not run"}.items():
-        assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled aupr {words}") == expected
+    for words, expected in {"aupr over msp": "× 1.39", "aupr against msp": "× 1.39 [0.22, 8.62]", "aupr over clean":
+                            "not run", "fpr95 against msp": "−5.0 [−17.7, +7.7]"}.items():
+        assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled {words}") == expected
     with pytest.raises(ValueError):
         tables.number(real_numbers, "idd_lite_pasted recipe miou over msp")
 

@@ -167,7 +167,7 @@ SYSTEMS = [
     ("pretrained.pt", tuned("student", distill=(), epochs="EPOCHS"), {"student": "student.pt"}, {
         "dicnet": ("dicnet", "DiCNet, as many steps as the recipe")}),
     ("pretrained.pt", tuned("student_fifth", distill=(), epochs="0.2 EPOCHS"), {"student": "student_fifth.pt"}, {
-        "dicnet": ("dicnet_fifth", "DiCNet, a fifth as many steps")}),
+        "dicnet": ("dicnet_fifth", "DiCNet, a fifth as many steps (IDD Lite: half)")}),
     ("pretrained.pt", tuned("student_4", distill=(), epochs="4 EPOCHS"), {"student": "student_4.pt"}, {
         "dicnet": ("dicnet_4", "DiCNet, 4 times as many steps")}),
     ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {
@@ -429,7 +429,7 @@ def filled(changes, place, args):
 
     def value(v):
         if isinstance(v, str) and v.endswith("EPOCHS"):
-            return round(place["epochs"] * float(v.removesuffix("EPOCHS") or 1))
+            return max(1, round(place["epochs"] * float(v.removesuffix("EPOCHS") or 1)))
         return files.get(v, v) if isinstance(v, str) else v
     return {k: value(v) for k, v in changes.items()}
 

@@ -20,9 +20,9 @@
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
 if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean; factor-by-seed, gain-by-seed; least:
-of the factors; `over sign`, `interval sign`: over the row sign as in the table real, and the interval) and, if wanted,
-its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the protocol, `photographs camvid
-msp roadanomaly pooled aupr` of photographs.json. What the files do not hold is "not run".
+of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 in
+points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
+protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json. What the files do not hold is "not run".
 """
 import functools
 import json
@@ -152,17 +152,19 @@ def number(tests, words):
         return form.format(value) if isinstance(value, float) else str(value)
     of = words[1:3] if words[2:3] == ["miou"] else words[1:4]
     how = words[1 + len(of):] or ["mean"]
-    pair = how[0] in ("over", "interval")
-    if len(how) != 1 + pair or pair and of[-1] != "aupr" or \
+    pair = how[0] in ("over", "against")
+    paired = [["pooled", "aupr"], ["per_image", "aupr"], ["pooled", "fpr95"]][:2 + (how[0] == "against")]
+    if len(how) != 1 + pair or pair and of[1:] not in paired or \
             of[0] not in dict((name, 0) for name, *_ in experiments.STUDIES[test["study"]]) or \
             of[1:] != ["miou"] and (of[1:2] not in (["pooled"], ["per_image"]) or of[2:] not in [[m] for m in METRICS]):
         raise ValueError(f"<!--= {' '.join(words)}-->: names nothing; expected TEST ROW pooled|per_image METRIC [HOW]")
     values = list(by_seed(test, *of).values())
     if not values or pair and not by_seed(test, how[1], *of[1:]):
         return ABSENT
+    if how[0] == "against":
+        return real_cell(test, of[0], how[1], "fpr95" if of[2] == "fpr95" else of[1]) or ABSENT
     if pair:
-        factor, *interval = compare(test, of[0], how[1], of[1])
-        return "× " + form.format(factor) if how[0] == "over" else " to ".join(map(form.format, interval))
+        return "× " + form.format(compare(test, of[0], how[1], of[1])[0])
     factors, gains = against(test, *of), against(test, *of, factor=False)
     signed = f"{{:+.{1 if digits is None else digits}f}}"
     return {"mean": lambda: mean(values, form),
@@ -281,14 +283,15 @@ def real(tests, study, data, group, reference="msp"):
         return f"{ABSENT}\n"
     rows = []
     for name, label, *_ in experiments.STUDIES[study]:
-        seeds, gains = set(), []
-        for test in columns.values():
-            mious = [by_seed(test, n, "miou") for n in (name, reference)]
-            seeds |= mious[0].keys() & mious[1].keys()
-            gains += [mious[0][s] - mious[1][s] for s in mious[0] if s in mious[1]]
-        if seeds and (name != reference or group == "objects"):
-            cells = [real_cell(test, name, reference, group) or ABSENT for test in shown.values()]
-            rows.append([label, str(len(seeds)), *cells, mean(gains, "{:+.1f}")])
+        gains = [gain for test in columns.values() for gain in against(test, name, "miou", None, reference, False)]
+        seeds = {key: len({s for n, s in t["rows"] if n == name} & {s for n, s in t["rows"] if n == reference})
+                 for key, t in columns.items()}
+        if any(seeds.values()) and (name != reference or group == "objects"):
+            most = max(seeds.values())
+            cells = [(real_cell(test, name, reference, group) or ABSENT)
+                     + f" ({seeds[key]} seed{'s' * (seeds[key] > 1)})" * (0 < seeds[key] < most)
+                     for key, test in shown.items()]
+            rows.append([label, str(most), *cells, mean(gains, "{:+.1f}")])
     names = [name.removeprefix(f"{data}_") for name in shown]
     base = next(label for name, label, *_ in experiments.STUDIES[study] if name == reference)
     head = {"objects": "sIoU / PPV / F1", "fpr95": f"FPR95 against {base}"}.get(group, f"AUPR over {base}")
