@@ -1591,9 +1591,10 @@ def objective_outlier(logits, Z, unknown, alpha, loss="er", n_k=None, n_s=None, 
 def loss_margin(top, known, unknown, margin=0.75, published=False, n_k=None, n_s=None):
     """Mask2Anomaly's contrast (Rai et al., ICCV 2023, Sec. 3.3): ½ [E_{D_k} l² + E_{D_s} max(0, M − l)²], l = 1 − top.
 
-    top (B, H, W): max_c p̂_c, or the largest softmax; known, unknown bool: D_k, D_s; M is `margin`. Returns a scalar.
-    `published`: l = −top, as the publication and its code have it. Then −1 ≤ l ≤ 0, and both terms push the confidence
-    to 0, on D_k too; 1 − top does what the publication says it wants: 0 on D_k, at least M on D_s.
+    top (B, H, W): the largest softmax, or max_c p̂_c, which exceeds 1 where masks of a class overlap; known, unknown
+    bool: D_k, D_s; M is `margin`. Returns a scalar. `published`: l = −top, as the publication and its code have it.
+    Then l ≤ 0, and both terms push the confidence to 0, on D_k too; 1 − top does what the publication says it wants: 0
+    on D_k, at least M on D_s.
     DEVIATION: D_k, where the publication has all pixels outside D_s, those without a class too."""
     l = -top if published else 1 - top
     return (masked_mean(l**2, known, n_k) + masked_mean((margin - l).clamp(min=0)**2, unknown, n_s)) / 2
@@ -1640,8 +1641,8 @@ class MaskDecoder(nn.Module):
     → [(class logits (B, Q, N + 1), the last one ∅; mask logits (B, Q, H/4, W/4)), …], before the first layer and after
     each; the last pair is the network's. A pixel of query q's mask: m_q = σ(mask logit).
     ASSUMPTION: the pixel decoder is the pyramid of "fpn" to its last convolution (where the publication has deformable
-    attention), so that the two differ by the kind of classification alone; 8 heads, FFN of 8 C, post-norm, no dropout,
-    as published."""
+    attention), so that the two differ by the kind of classification alone; FFN of 8 C, post-norm, no dropout and, where
+    8 divides C, 8 heads, as published."""
 
     def __init__(self, C, num_classes, queries, layers, attention):
         super().__init__()
@@ -1682,13 +1683,15 @@ class QueryLayer(nn.Module):
     def __init__(self, C, attention):
         super().__init__()
         heads = math.gcd(C, 8)
+        # of a query to the cells of its mask, to the other queries, to the rest of the cells
         self.inside, self.between = (nn.MultiheadAttention(C, heads, batch_first=True) for _ in range(2))
         self.outside = nn.MultiheadAttention(C, heads, batch_first=True) if attention == "global" else None
         self.feed = nn.Sequential(nn.Linear(C, 8 * C), nn.ReLU(), nn.Linear(8 * C, C))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
     def forward(self, x, where, keys, values, masks):
-        """where (Q, C): positions of the queries; keys, values (B, hw, C); masks (B, Q, hw): logits at that stride."""
+        """where (Q, C): learned positions of the queries; keys, values (B, hw, C): the map of a stride with and without
+        its positions; masks (B, Q, hw): logits at that stride."""
         seen = attend(self.inside, x + where, keys, values, masks < 0)                       # σ(z) < 1/2 ⇔ z < 0
         if self.outside:
             seen = seen + attend(self.outside, x + where, keys, values, masks > 0)
@@ -1717,7 +1720,8 @@ def sine_positions(h, w, C, device=None):
 
 def log_mixture(classes, masks):
     """log p̂ (B, N, H, W), p̂_c = Σ_q p_q(c) m_q: ∅ has no part in it, so that Σ_c p̂_c is small where no query has a
-    mask. classes: logits (B, Q, N + 1); masks: logits (B, Q, H, W). p̂ is in float32 under autocast too.
+    mask. classes: logits (B, Q, N + 1); masks: logits (B, Q, H, W). p̂ is in float32 under autocast too, and at least
+    1e-30, below which it has no gradient.
 
     −max_c log p̂_c (the score "maxlogit") has the order of Mask2Anomaly's 1 − max_c p̂_c."""
     device = "cpu" if masks.is_meta else masks.device.type   # meta: pretrain.py counts operations
@@ -1729,9 +1733,10 @@ def log_mixture(classes, masks):
 def mask_losses(z, t):
     """(BCE, dice) of every mask with every class, each (…, B, Q, N); z (…, B, Q, S) mask logits, t (B, N, S) targets.
 
-    t is the share of a cell's pixels that have the class; Σ_c t_c is k, the share of D_k. Both are those of the D_k
-    pixels, each given the m = σ(z) of its cell, so that pixels outside D_k say nothing.
-    ASSUMPTION: all cells at stride 4, where the publication draws 12 544 points; no random number, a closed form."""
+    t is the share of a cell's pixels that have the class; Σ_c t_c is k, the share of D_k. Where H and W are multiples
+    of 4, these are BCE and dice over the pixels of D_k, all pixels of a cell having its m = σ(z).
+    ASSUMPTION: all cells at stride 4, where the publication draws 12 544 points; no random number, a closed form.
+    DEVIATION: pixels outside D_k do not count; in the publication they belong to no mask (t = 0)."""
     k = t.sum(1, keepdim=True)                                                    # (B, 1, S)
     # −Σ [t log m + (k − t) log(1 − m)] / Σ k, with −log m = softplus(−z) and −log(1 − m) = z + softplus(−z)
     bce = (F.softplus(-z) @ k.mT + z @ (k - t).mT) / k.sum(2, keepdim=True).clamp(min=1e-6)
@@ -1743,7 +1748,8 @@ def mask_losses(z, t):
 
 @torch.no_grad()
 def match(cost, present):
-    """The cheapest assignment of queries to the classes that an image holds, of each prediction and image.
+    """The cheapest assignment of queries to the classes that an image holds (Hungarian method), of each prediction and
+    image; the cost is loss_sets'.
 
     cost (L, B, Q, N); present (B, N) bool → (l, b, q, c), int64 (4, n). Where an image has more classes than there are
     queries, some stay without."""
@@ -1782,7 +1788,8 @@ def loss_sets(sets, Z, known, n_masks=None, n_images=None):
 
 def objective_sets(sets, Z, unknown, alpha=0, margin=0.75, published=False, n_k=None, n_s=None, n_masks=None,
                    n_images=None):
-    """Loss of a mask network: loss_sets on D_k + α · loss_margin of every prediction. Arguments as above."""
+    """Loss of a mask network: loss_sets on D_k + α · loss_margin, summed over all predictions, as loss_sets is. Z,
+    unknown, alpha, n_k, n_s as objective()'s; sets, n_masks, n_images as loss_sets'."""
     known = (Z < sets[0][0].shape[2] - 1) & ~unknown
     value = loss_sets(sets, Z, known, n_masks, n_images)
     for classes, masks in sets if alpha else ():
@@ -1893,10 +1900,10 @@ class Synthesizer(nn.Module):
     def forward(self, Y):
         return self.generator(Y)
 
-    def outputs(self, pair):
-        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D(X), D(G(Y)) as D's loss sees them; judged:
-        D(G(Y)) as G's does)."""
-        Y, X = pair
+    def outputs(self, Y_and_X):
+        """(Y (B, N, H, W), X (B, 3, H, W)) → dict(image: G(Y); real, fake: D(X), D(G(Y)), whose gradients reach D
+        alone; judged: D(G(Y)), whose gradient reaches G alone)."""
+        Y, X = Y_and_X
         image = self.generator(Y)
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         judged = torch.func.functional_call(self.discriminator, frozen, (torch.cat([Y, image], 1),))

@@ -1370,54 +1370,68 @@ def photographs(models, classes, args, device, out):
 # ──────────────────────────────────── scores of the related systems ────────────────────────────────────
 
 def system_flags(p):
-    """Their flags."""
+    """Their flags. Which score reads which, and its default: SCORE_FLAGS."""
     g = p.add_argument_group("related systems that read the embedding or the weights")
-    g.add_argument("--knn-k", type=common.whole(), default=3,
+    g.add_argument("--knn-k", type=common.whole(),
                    help="neighbours of --score knn and cknn (published: 3, the default)")
-    g.add_argument("--knn-layer", choices=("embedding", "4", "8", "16", "32"), default="embedding",
+    g.add_argument("--knn-layer", choices=("embedding", "4", "8", "16", "32"),
                    help="what they compare: the embedding before its activation, or the backbone's map at a stride, of "
                    "--arch fpn and mask2former (ours: embedding)")
-    g.add_argument("--knn-images", type=common.whole(), default=500,
+    g.add_argument("--knn-images", type=common.whole(),
                    help="training images that the references come from (published: 500, the default)")
-    g.add_argument("--knn-vectors", type=common.whole(), default=100_000,
+    g.add_argument("--knn-vectors", type=common.whole(),
                    help="reference vectors at most (published: 100000, the default)")
-    g.add_argument("--knn-chunk", type=common.whole(), default=1024,
-                   help="cells compared at once, which bounds the memory: 4 · CHUNK · VECTORS bytes (default: 1024: "
-                   "0.4 GB)")
+    g.add_argument("--knn-chunk", type=common.whole(), help="cells compared at once, which bounds the memory: 4 · "
+                   "CHUNK · VECTORS bytes (default: 1024: 0.4 GB)")
     g.add_argument("--student", metavar="CKPT", help="--score dicnet: checkpoint of finetune.py --distill "
                    "(default: none)")
     g.add_argument("--tradi", type=common.whole(), metavar="N", help="an ensemble of N samples of the weights that "
                    "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
     g.add_argument("--bn-images", type=common.whole(2), default=500,
                    help="training images from which --tradi re-estimates batch norm (ours: 500)")
-    g.add_argument("--train-root", metavar="FOLDER",
-                   help="knn, cknn, --tradi: folder of the data that f was trained on (default: the checkpoint's)")
+    g.add_argument("--train-root", metavar="FOLDER", help="knn, cknn, --tradi, --queries-from: folder of the data that "
+                   "f was trained on (default: the checkpoint's)")
     g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
     g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
-                   "of these classes, where at least two are found with confidence (default: off)")
+                   "of these classes, if at least two queries have one of them with s > 0.95 (default: off)")
     g.add_argument("--queries-from", metavar="PLACE", help="--score maskomaly: find the queries whose masks are "
                    "anomalies on a folder of mgu_generate.py (its D_s), or on this split of the checkpoint's data, "
                    "which must hold anomalies and not be evaluated itself (default: rejection alone)")
-    g.add_argument("--ground", metavar="CLASS", help="with it: and the two of this class, road for instance, which are "
-                   "no anomaly (default: none)")
-    g.add_argument("--lambda", dest="lam", type=common.real(0), default=0.6, metavar="λ", help="with it: share of the "
-                   "rejection (default: 0.6, as published)")
-    g.add_argument("--border", type=common.real(0), default=0.0, help="--score maskomaly: rejection is 0 where two "
-                   "masks exceed this, their common border (as published: 0.1; default: 0, off)")
+    g.add_argument("--ground", metavar="CLASS", help="with --queries-from: and the two of this class, road for "
+                   "instance, which are no anomaly (default: none)")
+    g.add_argument("--lambda", dest="lam", type=common.real(0), metavar="λ", help="with --queries-from: share of the "
+                   "rejection, at most 1 (default: 0.6, as published)")
+    g.add_argument("--border", type=common.real(0), help="--score maskomaly: rejection is 0 where two masks exceed "
+                   "this, their common border (as published: 0.1; default: 0, off)")
     g.add_argument("--generator", help="--score synthcp: checkpoint of finetune.py --synthesis (no default)")
-    g.add_argument("--synthcp-threshold", type=common.real(0), default=0.999, help="--score synthcp: compare with the "
-                   "synthesis where max S is not above this (default: 0.999, of the public code)")
+    g.add_argument("--synthcp-threshold", type=common.real(0), help="--score synthcp: compare with the synthesis where "
+                   "max S is not above this (default: 0.999, of the public code)")
+
+
+SCORE_FLAGS = {   # flag: (the scores that read it, its default, whether they need it)
+    "knn_k": ("knn cknn", 3, False), "knn_layer": ("knn cknn", "embedding", False),
+    "knn_images": ("knn cknn", 500, False), "knn_vectors": ("knn cknn", 100_000, False),
+    "knn_chunk": ("knn cknn", 1024, False), "student": ("dicnet", None, True), "refine": ("maxlogit", None, False),
+    "queries_from": ("maskomaly", None, False), "ground": ("maskomaly", None, False), "lam": ("maskomaly", 0.6, False),
+    "border": ("maskomaly", 0.0, False), "generator": ("synthcp", None, True),
+    "synthcp_threshold": ("synthcp", 0.999, False)}
 
 
 def check_system_flags(p, args):
-    """A usage message where one of their flags is without effect, or missing."""
-    if ("dicnet" in args.score) != bool(args.student):
-        p.error("argument --student: --score dicnet needs it, and nothing else does")
-    for flag, given, score in (("refine", args.refine, "maxlogit"), ("queries-from", args.queries_from, "maskomaly"),
-                               ("ground", args.ground and not args.queries_from, "maskomaly with --queries-from"),
-                               ("generator", args.generator, "synthcp")):
-        if given and score not in args.score:
-            p.error(f"argument --{flag}: without effect on --score {' '.join(args.score)}; it is for {score}")
+    """Fills the defaults in; a usage message where a flag is without effect, or missing."""
+    for name, (scores, default, needed) in SCORE_FLAGS.items():
+        flag = "--lambda" if name == "lam" else f"--{name.replace('_', '-')}"
+        given, read = getattr(args, name) is not None, bool(set(scores.split()) & set(args.score))
+        if given and not read:
+            p.error(f"argument {flag}: without effect on --score {' '.join(args.score)}; it is for {scores}")
+        if given and name in ("ground", "lam") and not args.queries_from:
+            p.error(f"argument {flag}: without effect; it is for maskomaly with --queries-from")
+        if needed and read and not given:
+            p.error(f"argument {flag}: --score {scores} needs it")
+        if not given:
+            setattr(args, name, default)
+    if args.lam > 1:
+        p.error("argument --lambda: expected a share of at most 1")
 
 
 # The outlier head: DenseHybrid, noisy negatives
@@ -1462,8 +1476,10 @@ def strongest(weight, m):
 
 
 def refine(score, p, m, classes):
-    """Mask2Anomaly's refinement (Rai et al., ICCV 2023, Sec. 3.4) of −max_c log p̂_c (B, H, W), the order of a · R with
-    a = 1 − max p̂: 0 where a query of these classes with s_q > 0.95 has s_q m_q ≥ 1/2, if at least two are so sure."""
+    """Mask2Anomaly's refinement (Rai et al., ICCV 2023, Sec. 3.4) of −max_c log p̂_c (B, H, W): 0 where a query of
+    these classes with s_q > 0.95 has s_q m_q ≥ 1/2, if at least two are so sure; else the score. That is the order of
+    the publication's a · R, a = 1 − max p̂, and as there 0 is the lowest score only where max p̂ ≤ 1 elsewhere.
+    DEVIATION: with --tta each view is refined, and the mean is that of −log max p̂ (theirs: of a, then refined)."""
     s, c = p.max(2)
     sure = (s > 0.95) & torch.isin(c, torch.tensor(classes, device=c.device))                # (B, Q)
     inside = (strongest(s * sure, m) >= 0.5) & (sure.sum(1) >= 2).view(-1, 1, 1)
@@ -1474,8 +1490,8 @@ def score_maskomaly(p, m, anomaly=(), ground=(), lam=0.6, border=0.0):
     """Maskomaly (Ackermann et al., BMVC 2023): λ · A_rej + (1 − λ) · A_anom, (B, H, W) in [0, 1].
 
     A_rej = 1 − max {s_q m_q: c_q ≠ ∅, s_q > 0.7}; 0 where two masks of classes exceed `border`; at most what the
-    `ground` queries leave. A_anom = max s_q m_q of the `anomaly` queries, which mostly have class ∅. Without any: A_rej
-    alone. ASSUMPTION: the border is off unless asked for: it zeroes small anomalies at the edge of two masks."""
+    `ground` queries leave. A_anom = max s_q m_q of the `anomaly` queries. Without any: A_rej alone.
+    ASSUMPTION: the border is off unless asked for: it zeroes small anomalies at the edge of two masks."""
     s, c = p.max(2)
     of_class = c < p.shape[2] - 1
     rejected = 1 - strongest(s * (of_class & (s > 0.7)), m)
@@ -1489,12 +1505,12 @@ def score_maskomaly(p, m, anomaly=(), ground=(), lam=0.6, border=0.0):
     return lam * rejected + (1 - lam) * strongest(s[:, anomaly], m[:, anomaly])
 
 
-def labelled_anomalies(place, ckpt):
+def labelled_anomalies(place, checkpoint, root):
     """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
-    the anomaly, or of a split of the checkpoint's data."""
+    the anomaly, or of a split of the checkpoint's data, in the folder `root` if it is given."""
     if place in common.SPLITS:
-        checkpoint = common.load_checkpoint(ckpt)[1]
-        scenes = common.Scenes(checkpoint["data"], common.data_root(None, checkpoint), place, checkpoint["anomaly"])
+        root = common.data_root(root, checkpoint, "--train-root")
+        scenes = common.Scenes(checkpoint["data"], root, place, checkpoint["anomaly"])
         for item in (scenes[i] for i in range(len(scenes))):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
@@ -1505,8 +1521,10 @@ def labelled_anomalies(place, ckpt):
 
 
 def rank_queries(f, items, device, ground=None):
-    """(anomaly queries, ground queries): the four and the two with the largest mean IoU of {m_q > 0.9} with the anomaly
-    and with class `ground` (None: no ground query), over the images that hold it. `items`: of labelled_anomalies()."""
+    """(anomaly queries, ground queries), {query: mean IoU, in [0, 1]}: at most four and two, those with the largest
+    mean IoU of {m_q > 0.9} with the anomaly and with class `ground` (None: no ground query) over the images that hold
+    it, and none whose mask never meets it (published: the best four, or all of at least 0.25). `items`: of
+    labelled_anomalies()."""
     found = dict(anomaly=[], ground=[])
     for image, Z, anomalous in items:
         X = common.to_input(image[None], device)
@@ -1516,7 +1534,10 @@ def rank_queries(f, items, device, ground=None):
                                                     else Z == ground)):
             if mask.any():
                 found[name].append((mine & mask).sum((1, 2)) / ((mine | mask) & valid).sum((1, 2)))
-    best = lambda ious, n: torch.stack(ious).mean(0).topk(min(n, len(ious[0]))).indices.tolist() if ious else []
+
+    def best(ious, n):
+        mean, order = torch.stack(ious).mean(0).sort(descending=True) if ious else ((), ())
+        return {int(q): float(iou) for iou, q in zip(mean[:n], order[:n]) if iou > 0}
     return best(found["anomaly"], 4), best(found["ground"], 2)
 
 
@@ -1530,26 +1551,32 @@ def make_mask_score(name, fs, args, device):
                                                    for o, pm in zip(seen["each"], each(X, seen))]).mean(0)
     queries = [((), ())] * len(fs)
     if args.queries_from:
-        if args.queries_from == args.split:
+        checkpoint = common.load_checkpoint(args.ckpt[0])[1]
+        if args.queries_from == args.split and checkpoint["data"] in (args.data or [checkpoint["data"]]):
             raise common.InputError(f"--queries-from {args.split}: the queries would be chosen on the images that are "
                                     "evaluated; expected others")
-        of = common.load_checkpoint(args.ckpt[0])[1]["classes"]
-        ground = common.class_indices([args.ground], of, "--ground")[0] if args.ground else None
-        queries = [rank_queries(f, labelled_anomalies(args.queries_from, args.ckpt[0]), device, ground) for f in fs]
-        for anomaly, of_ground in queries:
-            if not anomaly:
-                raise common.InputError(f"{args.queries_from}: no anomalous pixel; expected images that hold some")
-            common.say(f"maskomaly: anomaly queries {anomaly}, ground queries {of_ground}, of {args.queries_from}")
+        ground = common.class_indices([args.ground], checkpoint["classes"], "--ground")[0] if args.ground else None
+        queries = []
+        for f in fs:
+            found = rank_queries(f, labelled_anomalies(args.queries_from, checkpoint, args.train_root), device, ground)
+            if not found[0]:
+                raise common.InputError(f"{args.queries_from}: no anomalous pixel in the mask of any query; expected "
+                                        "images that hold anomalies")
+            told = [", ".join(f"{q} (IoU {iou:.2f})" for q, iou in part.items()) for part in found]
+            common.say(f"maskomaly: anomaly queries {told[0]}; ground queries {told[1] or 'none'}; of "
+                       f"{args.queries_from}")
+            queries.append(tuple(list(part) for part in found))
     return lambda X, seen, index: torch.stack([score_maskomaly(*pm, *q, args.lam, args.border)
                                                for pm, q in zip(each(X, seen), queries)]).mean(0)
 
 
 def score_synthcp(log_S, a, b, threshold=0.999):
-    """SynthCP's comparison (Xia et al., ECCV 2020; public code): −max S where it exceeds the threshold, and elsewhere
-    −cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W)."""
-    top = log_S.amax(1).exp()
-    alike = common.upsample(nn.functional.cosine_similarity(a, b, dim=1)[:, None], top.shape[-2:]).squeeze(1)
-    return -torch.where(top > threshold, top, alike)
+    """SynthCP's comparison (Xia et al., ECCV 2020; public code): 1 − max S where max S exceeds the threshold, elsewhere
+    1 − cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W) in
+    [0, 2]. The published score is this one less 1: the same order, but with ties in float32."""
+    doubt = score_msp(log_S).exp()                                                       # 1 − max S, without rounding
+    alike = common.upsample(nn.functional.cosine_similarity(a, b, dim=1)[:, None], doubt.shape[-2:]).squeeze(1)
+    return torch.where(doubt < 1 - threshold, doubt, 1 - alike)
 
 
 def make_synthcp(name, fs, args, device):
@@ -1557,8 +1584,6 @@ def make_synthcp(name, fs, args, device):
 
     InputError for a generator that was made for another checkpoint.
     ASSUMPTION: the embedding, where the public code has PSPNet's pooled maps, at one scale in place of five."""
-    if not args.generator:
-        raise common.InputError("--score synthcp needs --generator: a checkpoint of finetune.py --synthesis")
     G, generator = common.load_checkpoint(args.generator, companion="synthesis")
     for path in (*args.ckpt, *args.baseline):
         if common.fingerprint(path) != generator["companion_of"]:
@@ -1776,6 +1801,15 @@ def systems_protocol(args):
                            layer=args.knn_layer, upsampling="bilinear")
     if "dicnet" in args.score:
         told["student"] = common.fingerprint(args.student)
+    if "maskomaly" in args.score:
+        place = args.queries_from
+        of = place if place is None or place in common.SPLITS else common.fingerprint(Path(place) / "manifest.json")
+        told["maskomaly"] = dict(border=args.border, queries_from=of) | (
+            dict(ground=args.ground, share_of_rejection=args.lam) if of else {})
+    if args.refine:
+        told["refine"] = args.refine
+    if "synthcp" in args.score:
+        told["synthcp"] = dict(generator=common.fingerprint(args.generator), threshold=args.synthcp_threshold)
     if args.tradi:
         told["tradi"] = dict(samples=args.tradi, bn_images=args.bn_images, seed=args.seed)
     return told

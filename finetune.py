@@ -586,7 +586,8 @@ def distill(args, f, checkpoint, root, device):
     scenes = pretrain.training_scenes(args, checkpoint, root)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
-    student = common.bare(common.Segmenter(f.arch, args.student_backbone, f.num_classes, f.width))
+    arch = "fpn" if f.decoder else f.arch               # the same pyramid, without the queries
+    student = common.bare(common.Segmenter(arch, args.student_backbone, f.num_classes, f.width))
     usual = "none" if pretrain.pretrained_with(checkpoint)["weights"] == "none" else "imagenet"
     pretrain.load_backbone(student, args.student_weights or usual)
     student = student.to(device, memory_format=torch.channels_last)
@@ -629,8 +630,9 @@ def synthesis_objective(f, net, part, counts):
 
     L_G = −E D(G(Y)) + 10 · Σ |D's features of G(Y) − of X| + 10 · Σ w |f's features of G(Y) − of X|; L_D: hinge. Every
     term is a mean over images, so the parts are weighted by their share of the batch.
-    DEVIATION: the perceptual term is in the features of the frozen f, not of VGG19: no download, and they are what the
-    score compares. w is 1 for the last map and half as much for each before it (VGG19's: 1/32, 1/16, 1/8, 1/4, 1)."""
+    DEVIATION: the perceptual term is in the features of the frozen f, not of VGG19: no download. They are the
+    backbone's maps that its head sees and the embedding, before its activation; w is 1 for the last and half as much
+    for each before it (VGG19's: 1/32, 1/16, 1/8, 1/4, 1). G and D step at once, where SPADE's code takes turns."""
     X, Y = common.to_input(part["image"]), common.one_hot(part["label"], f.num_classes)
     found = net((Y, X))
     real, fake, judged = found["real"], found["fake"], found["judged"]             # [[4 maps, score], …] of two scales
@@ -717,10 +719,10 @@ def system_flags(p):
     g = p.add_argument_group("related systems: other terms")
     g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
                    "tells D_s from D_k; 0: no such head (ours: 0)")
-    g.add_argument("--margin", type=common.real(0, above=True), default=0.75,
-                   help="--loss margin: M, by which the confidence on D_s is to be below 1 (default: 0.75, published)")
-    g.add_argument("--margin-published", action="store_true", help="--loss margin: −max p̂ in place of 1 − max p̂, as "
-                   "published, which lowers the confidence on D_k too (default: off)")
+    g.add_argument("--margin", type=common.real(0, above=True), help="--loss margin: M, by which the confidence on D_s "
+                   "is to be below 1 (default: 0.75, the publication's; its code has 1)")
+    g.add_argument("--margin-published", action="store_true", default=None, help="--loss margin: −max p̂ in place of "
+                   "1 − max p̂, as published, which lowers the confidence on D_k too (default: off)")
 
 
 def checked(p, args):
@@ -739,11 +741,14 @@ def checked(p, args):
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
         p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
-    heads = common.METHODS[args.method].get("gamma", 0) if args.gamma is None else args.gamma
-    if args.loss == "margin" and (chosen == "flow" or heads):
+    method = common.METHODS[args.method]
+    loss, gamma = args.loss or method.get("loss"), method.get("gamma", 0) if args.gamma is None else args.gamma
+    if loss == "margin" and (chosen == "flow" or gamma):
         p.error("argument --loss: margin goes without an outlier head (--gamma) and without a flow")
-    if args.margin_published and args.loss != "margin":
-        p.error("argument --margin-published: expected --loss margin")
+    for flag in ("margin", "margin_published"):
+        if getattr(args, flag) is not None and (loss != "margin" or args.stage != "finetune"):
+            p.error(f"argument --{flag.replace('_', '-')}: expected --loss margin")
+    args.margin, args.margin_published = args.margin or 0.75, bool(args.margin_published)
     return args
 
 

@@ -104,8 +104,8 @@ def training_flags(parser, epochs_help, micro_batch=32):
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of every random number (ours: 0)")
     g.add_argument("--bn", choices=("train", "frozen"), help="batch norm: statistics of the micro-batch, or the "
                    "running ones, not updated (ours: train)")
-    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, batch-norm statistics "
-                                  "and dropout masks)")
+    g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, statistics of batch and "
+                                  "spectral norm, and dropout masks)")
     g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device (default: "
                    f"{micro_batch} on CUDA, halved where they do not fit its memory, and 16 on a CPU)")
     g.add_argument("--precision", choices=("float32", "bf16"),

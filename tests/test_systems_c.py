@@ -3,6 +3,7 @@ import argparse
 import copy
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -212,6 +213,69 @@ def test_the_two_attentions_see_complements(f, monkeypatch):
     assert not opened[0].any() and not opened[1].any(), "a cell at exactly 1/2 is seen by both"
 
 
+def literal_decoder(decoder, levels, x, heads):
+    """[(class logits (Q, N + 1), mask logits (Q, h, w)), …] of one image, from the weights alone; maps (C, h, w)."""
+    W = {name: p.detach() for name, p in decoder.named_parameters()}
+    linear = lambda name, v: v @ W[f"{name}.weight"].T + W[f"{name}.bias"]
+    normed = lambda name, v: (v - v.mean(1, keepdim=True)) / (v.var(1, correction=0, keepdim=True) + 1e-5).sqrt() \
+        * W[f"{name}.weight"] + W[f"{name}.bias"]
+
+    def attention(name, queries, keys, values, closed=None):
+        C = queries.shape[1]
+        q, k, v = (part @ w.T + b for part, w, b in zip((queries, keys, values), W[f"{name}.in_proj_weight"].chunk(3),
+                                                        W[f"{name}.in_proj_bias"].chunk(3)))
+        found = []
+        for h in range(heads):
+            mine = slice(h * C // heads, (h + 1) * C // heads)
+            z = q[:, mine] @ k[:, mine].T / (C // heads)**0.5
+            if closed is not None:
+                z = torch.where(closed & ~closed.all(1, keepdim=True), -torch.inf, z)
+            found.append(z.softmax(1) @ v[:, mine])
+        return linear(f"{name}.out_proj", torch.cat(found, 1))
+
+    def predict(x):
+        x = normed("norm", x)
+        embedding = linear("mask.4", linear("mask.2", linear("mask.0", x).relu()).relu())
+        return linear("classify", x), torch.einsum("qc,chw->qhw", embedding, pixels)
+
+    C, where, x_q = x.shape[0], W["where"], W["query"]
+    pixels = torch.einsum("oc,chw->ohw", W["pixel.weight"][..., 0, 0], x) + W["pixel.bias"].view(-1, 1, 1)
+    found = [predict(x_q)]
+    for i in range(len(decoder.layers)):
+        layer, level = f"layers.{i}", levels[i % 3]                                # strides 32, 16, 8, and again
+        values = level.reshape(C, -1).T + W["level"][i % 3]
+        keys = values + common.sine_positions(*level.shape[1:], C)
+        m = F.interpolate(found[-1][1][None], level.shape[1:], mode="bilinear")[0].flatten(1).sigmoid()
+        seen = attention(f"{layer}.inside", x_q + where, keys, values, m < 0.5)
+        if decoder.attention == "global":
+            seen = seen + attention(f"{layer}.outside", x_q + where, keys, values, m > 0.5)
+        x_q = normed(f"{layer}.norms.0", x_q + seen)
+        x_q = normed(f"{layer}.norms.1", x_q + attention(f"{layer}.between", x_q + where, x_q + where, x_q))
+        x_q = normed(f"{layer}.norms.2", x_q + linear(f"{layer}.feed.2", linear(f"{layer}.feed.0", x_q).relu()))
+        found.append(predict(x_q))
+    return found
+
+
+@pytest.mark.parametrize("attention", ("masked", "global"))
+def test_the_decoder_is_the_literal_one(attention):
+    g = torch.Generator().manual_seed(7)
+    decoder = common.MaskDecoder(16, N, Q, 4, attention).double().eval()
+    for p in decoder.parameters():
+        nn.init.normal_(p, std=0.4, generator=g)
+    levels = [torch.randn(2, 16, *size, generator=g, dtype=torch.float64) for size in ((2, 3), (4, 6), (8, 12))]
+    x = torch.randn(2, 16, 16, 24, generator=g, dtype=torch.float64)
+    found = decoder(levels, x)
+    for b in range(2):
+        want = literal_decoder(decoder, [level[b] for level in levels], x[b], heads=8)
+        assert len(found) == len(want) == 5
+        for (classes, masks), (want_classes, want_masks) in zip(found, want):
+            torch.testing.assert_close(classes[b].double(), want_classes, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(masks[b].double(), want_masks, rtol=1e-4, atol=1e-4)
+    # what a layer sees of the masks has no gradient: the last class logits do not reach the embedding through them
+    classes = decoder(levels, x.requires_grad_(True))[-1][0]
+    assert torch.autograd.grad(classes.sum(), x, allow_unused=True)[0] is None
+
+
 def test_log_mixture_and_the_order_of_queries(f):
     X = torch.rand(2, 3, 40, 56)
     with torch.no_grad():
@@ -381,8 +445,12 @@ def test_queries_are_ranked_by_iou():
     # IoU with the anomaly: 1, 2/3, 1/3, 1 (two pixels are ignored), 3/5. With class 1, the mean of two images: query 5
     # (1 + 2/7) / 2, query 4 (2/5 + 5/7) / 2, query 3 (0 + 5/7) / 2
     anomaly, ground = evaluate.rank_queries(f, items, "cpu", 1)
-    assert set(anomaly[:2]) == {0, 3} and anomaly[2:] == [1, 4] and ground == [5, 4]
-    assert evaluate.rank_queries(f, items, "cpu")[1] == [] == evaluate.rank_queries(f, items[1:], "cpu")[0]
+    assert set(list(anomaly)[:2]) == {0, 3} and list(anomaly)[2:] == [1, 4] and list(ground) == [5, 4]
+    assert list(anomaly.values()) == pytest.approx([1, 1, 2 / 3, 3 / 5])
+    assert list(ground.values()) == pytest.approx([(1 + 2 / 7) / 2, (2 / 5 + 5 / 7) / 2])
+    assert evaluate.rank_queries(f, items, "cpu")[1] == {} == evaluate.rank_queries(f, items[1:], "cpu")[0]
+    empty = SimpleNamespace(outputs=lambda X: dict(sets=[(torch.zeros(1, 7, N + 1), torch.full_like(m, -9.0))]))
+    assert evaluate.rank_queries(empty, items, "cpu", 1) == ({}, {}), "a mask that never meets the anomaly is no choice"
 
 
 # ──────────────────────────────────────────────────── SynthCP ────────────────────────────────────────────────────
@@ -421,9 +489,61 @@ def test_score_of_the_comparison():
         cos = np.apply_along_axis(lambda v, p=points: np.interp(p, np.arange(len(v)), v), axis, cos)
     top = np.exp(log_S.double().numpy()).max(1)
     assert 0.1 < (top > 0.9).mean() < 0.9
-    np.testing.assert_allclose(found, -np.where(top > 0.9, top, cos), atol=1e-6)
+    np.testing.assert_allclose(found, 1 - np.where(top > 0.9, top, cos), atol=1e-6)
     same = evaluate.score_synthcp(log_S, a, a)
-    assert (same <= -0.999).all(), "a synthesis that looks like the image is no anomaly anywhere"
+    assert (same <= 1e-3 + 1e-6).all(), "a synthesis that looks like the image is no anomaly anywhere"
+    sure = torch.zeros(1, 2, 1, 4)
+    sure[0, 0, 0] = torch.tensor([17.0, 18, 20, 30])             # max S is 1 in float32 for the last two
+    score = evaluate.score_synthcp(sure.log_softmax(1), a[:1], b[:1]).flatten()
+    assert (score.diff() < 0).all() and score[3] > 0
+
+
+def literal_spade(spade, x, Y):
+    conv = lambda m, v: F.conv2d(v, m.weight, m.bias, padding=1)
+    hidden = torch.clamp(conv(spade.shared, F.interpolate(Y, x.shape[-2:], mode="nearest")), min=0)
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) / (var + 1e-5).sqrt() * (1 + conv(spade.gamma, hidden)) + conv(spade.beta, hidden)
+
+
+@pytest.mark.parametrize("c_in, c_out", ((4, 4), (6, 3)))
+def test_a_block_of_spade_is_the_literal_one(c_in, c_out):
+    torch.manual_seed(3)
+    block = common.SpadeBlock(c_in, c_out, N, 8).double()
+    x = torch.randn(3, c_in, 6, 5, dtype=torch.float64)
+    Y = common.one_hot(labels(3, 12, 11)[0], N).double()
+    for _ in range(100):
+        block(x, Y)                                              # the power iteration of spectral norm settles
+    weights = [conv.weight for conv in (*block.convs, *(block.beside or ())[1:])]
+    for weight in weights:
+        assert float(torch.linalg.matrix_norm(weight.detach().flatten(1), 2)) == pytest.approx(1, rel=1e-3)
+    leaky = lambda v: torch.where(v > 0, v, 0.2 * v)
+    y = x
+    for spade, conv, weight in zip(block.norms, block.convs, weights):
+        y = F.conv2d(leaky(literal_spade(spade, y, Y)), weight, conv.bias, padding=1)
+    beside = F.conv2d(literal_spade(block.beside[0], x, Y), weights[2]) if c_in != c_out else x
+    torch.testing.assert_close(block(x, Y), beside + y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_discriminator_is_the_literal_one():
+    torch.manual_seed(4)
+    D = common.PatchDiscriminator(N + 3, 4).double()
+    x = torch.randn(2, N + 3, 40, 56, dtype=torch.float64)
+    for _ in range(100):
+        D(x)
+    D.eval()
+    leaky = lambda v: torch.where(v > 0, v, 0.2 * v)
+    for k, (layers, found) in enumerate(zip(D.scales, D(x))):
+        y = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False) if k else x
+        for i, stride in enumerate((2, 2, 2, 1)):
+            conv = layers[i][0]
+            y = F.conv2d(y, conv.weight, conv.bias, stride, 2)
+            if i:
+                assert conv.bias is None
+                assert float(torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2)) == pytest.approx(1, rel=1e-3)
+                y = (y - y.mean((2, 3), keepdim=True)) / (y.var((2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+            y = leaky(y)
+            torch.testing.assert_close(found[i], y)
+        torch.testing.assert_close(found[4], F.conv2d(y, layers[4].weight, layers[4].bias, 1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -486,15 +606,6 @@ def test_generator_and_discriminator_shapes(gan):
     assert 64 * model.generator.first.out_channels == 1024 and widths == [1024, 1024, 1024, 512, 256, 128, 64]
 
 
-def test_the_discriminator_learns_four_times_as_fast(gan):
-    groups = [dict(params=list(m.parameters()), betas=(0, 0.9), factor=k)
-              for m, k in ((gan[1].generator, 1), (gan[1].discriminator, 4))]
-    args = argparse.Namespace(epochs=1, batch_size=2, lr=1e-4, out="x.pt", restart=False, micro_batch=None)
-    optimiser = pretrain.Run(gan[1], range(4), args, torch.device("cpu"), groups).optimiser
-    assert [(g["factor"], g["betas"]) for g in optimiser.param_groups] == [(1, (0, 0.9)), (4, (0, 0.9))]
-    assert optimiser.param_groups[0]["lr"] == 1e-4                                 # times the factor at every step
-
-
 # ──────────────────────────────────────────────────── the scripts ────────────────────────────────────────────────────
 
 SYNTHESIS = ("--synthesis", "--batch-size", 3, "--schedule", "constant", "--generator-width", 1)
@@ -507,6 +618,10 @@ def masks(tmp_path_factory, small):
     run_ok("pretrain.py", "--root", small / "toy", "--arch", "mask2former", "--width", 16, "--queries", Q,
            "--decoder-layers", 1, "--attention", "global", "--epochs", 1, "--batch-size", 3, "--crop", 32, 48, "--out",
            "m2f.pt", folder=folder)
+    checkpoint = torch.load(folder / "m2f.pt", weights_only=True)
+    for name in ("weight", "bias"):                              # two steps teach no mask: let them be some m > 0.9
+        checkpoint["model"][f"decoder.mask.4.{name}"] *= 50
+    torch.save(checkpoint, folder / "m2f.pt")
     run_ok("mgu_generate.py", "--ckpt", "m2f.pt", "--per-class", 1, "--max-steps", 1, folder=folder)
     run_ok("finetune.py", "--ckpt", "m2f.pt", *SYNTHESIS, "--epochs", 1, folder=folder)
     return folder
@@ -527,14 +642,20 @@ def test_a_mask_network_goes_through_every_stage(masks):
     settings = torch.load(masks / "margin.pt", weights_only=True)["settings"]
     assert (settings["margin"], settings["margin_published"], settings["alpha"]) == (0.5, False, 1)
     said = run_ok("evaluate.py", "--ckpt", "margin.pt", "--score", "maxlogit", "maskomaly", "msp", "--queries-from",
-                  "auxiliary", "--ground", "road", "--panels", 0, folder=masks)
-    assert "anomaly queries [" in said.out
-    rows = json.loads((masks / "results/results.json").read_text())["rows"]
+                  "auxiliary", "--ground", "road", "--lambda", 0.7, "--border", 0.05, "--panels", 0, folder=masks)
+    assert re.search(r"anomaly queries \d \(IoU 0\.\d\d\).*; ground queries \d.*; of auxiliary", said.out)
+    results = json.loads((masks / "results/results.json").read_text())
+    assert results["protocol"]["maskomaly"] == dict(
+        border=0.05, ground="road", share_of_rejection=0.7,
+        queries_from=common.fingerprint(masks / "auxiliary/manifest.json"))
+    rows = results["rows"]
     assert [r["score"] for r in rows] == ["maxlogit", "maskomaly", "msp"]
     assert all(np.isfinite(list(r["pooled"].values())).all() for r in rows)
     run_ok("evaluate.py", "--ckpt", "m2f.pt", "--score", "maxlogit", "--refine", "road", "building", "--panels", 0,
            folder=masks)
-    got = json.loads((masks / "results/results.json").read_text())["rows"][0]["pooled"]["aupr"]
+    results = json.loads((masks / "results/results.json").read_text())
+    assert results["protocol"]["refine"] == ["road", "building"]
+    got = results["rows"][0]["pooled"]["aupr"]
     truth, scores = [], []
     scenes = common.Scenes("toy", checkpoint["root"], "test")
     for item in (scenes[i] for i in range(len(scenes))):
@@ -558,10 +679,15 @@ def test_a_generator_belongs_to_one_checkpoint(masks, small):
     generator = torch.load(masks / "generator.pt", weights_only=True)
     assert generator["companion_of"] == common.fingerprint(masks / "m2f.pt")
     assert not [k for k in generator["model"] if "backbone" in k], "the frozen network is not stored again"
+    groups = generator["optimiser"]["param_groups"]              # the discriminator learns four times as fast
+    assert [(g["factor"], tuple(g["betas"])) for g in groups] == [(1, (0, 0.9)), (4, (0, 0.9))]
+    lr = generator["settings"]["lr"]
+    assert [g["lr"] for g in groups] == pytest.approx([lr, 4 * lr])
     run_ok("evaluate.py", "--ckpt", "m2f.pt", "--score", "synthcp", "--generator", "generator.pt", "--panels", 0,
            folder=masks)
-    row, = json.loads((masks / "results/results.json").read_text())["rows"]
-    assert np.isfinite(list(row["pooled"].values())).all()
+    results = json.loads((masks / "results/results.json").read_text())
+    assert results["protocol"]["synthcp"] == dict(generator=common.fingerprint(masks / "generator.pt"), threshold=0.999)
+    assert np.isfinite(list(results["rows"][0]["pooled"].values())).all()
     shutil.copy(small / "pretrained.pt", masks / "other.pt")
     for args, told in ((("--ckpt", "other.pt", "--score", "synthcp", "--generator", "generator.pt"), "for another"),
                        (("--ckpt", "generator.pt"), "synthesis of another checkpoint, no segmenter")):
@@ -571,7 +697,6 @@ def test_a_generator_belongs_to_one_checkpoint(masks, small):
 
 @pytest.mark.parametrize("name, changed, told", (
     ("synthcp", dict(baseline=["other.pt"]), "other.pt .* finetune.py --synthesis --ckpt other.pt"),
-    ("synthcp", dict(generator=None), "needs --generator"),
     ("synthcp", dict(generator="other.pt"), "other.pt: a checkpoint of pretrain; expected one of .* --synthesis"),
     ("maskomaly", dict(queries_from="test"), "expected others"),
     ("maskomaly", dict(queries_from="val"), "val: no anomalous pixel"),
@@ -582,28 +707,76 @@ def test_what_a_score_needs_is_refused_in_one_line(masks, small, monkeypatch, na
     monkeypatch.chdir(masks)
     shutil.copy(small / "pretrained.pt", "other.pt")
     args = dict(ckpt=["m2f.pt"], baseline=[], generator="generator.pt", split="test", queries_from=None, ground=None,
-                refine=None)
+                refine=None, data=None, train_root=None)
     with pytest.raises(common.InputError, match=told):
         evaluate.prepare_scores([common.load_checkpoint("m2f.pt")[0]], [name],
                                 argparse.Namespace(**{**args, **changed}), torch.device("cpu"))
 
 
+def test_what_the_options_of_a_score_do(masks, monkeypatch):
+    """make_mask_score and make_synthcp hand their options on."""
+    monkeypatch.chdir(masks)
+    f, checkpoint = common.load_checkpoint("m2f.pt")
+    f.origin = "m2f.pt", checkpoint
+    X = torch.rand(1, 3, 54, 96, generator=torch.Generator().manual_seed(1))
+    given = dict(ckpt=["m2f.pt"], baseline=[], generator="generator.pt", split="test", queries_from="auxiliary",
+                 ground="road", refine=[checkpoint["classes"][1]], data=None, train_root=None, lam=0.3, border=0.2,
+                 synthcp_threshold=1.0)
+    make = lambda name, **more: evaluate.prepare_scores([f], [name], argparse.Namespace(**{**given, **more}),
+                                                        torch.device("cpu"))[name]
+    with torch.no_grad():
+        seen = evaluate.forward([f], X)
+        p, m = evaluate.masks_of(seen["each"][0], X.shape[-2:])
+        queries = [list(part) for part in evaluate.rank_queries(f, evaluate.labelled_anomalies(
+            "auxiliary", checkpoint, None), "cpu", checkpoint["classes"].index("road"))]
+        assert all(queries)
+        want = evaluate.score_maskomaly(p, m, *queries, lam=0.3, border=0.2)
+        assert torch.equal(make("maskomaly")(X, seen, 0), want)
+
+        G = common.load_checkpoint("generator.pt", companion="synthesis")[0]
+        of = lambda x: f.activation(f.embed(x))
+        a, b = of(X), of(G(F.one_hot(seen["logits"].argmax(1), f.num_classes).movedim(-1, 1).float()))
+        cos = (a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)
+        want = 1 - F.interpolate(cos[:, None], X.shape[-2:], mode="bilinear")[:, 0]
+        torch.testing.assert_close(make("synthcp")(X, seen, 0), want, rtol=1e-4, atol=1e-5)
+
+        # --refine: two queries that are sure of class 1, in the left half
+        classes = torch.full((1, Q, f.num_classes + 1), -9.0)
+        classes[0, :2, 1], classes[0, 2:, -1] = 9, 9
+        masks_ = torch.full((1, Q, 2, 4), -9.0)
+        masks_[0, :2, :, :2] = 9
+        hand = dict(seen, each=[dict(sets=[(classes, masks_)], logits=torch.randn(1, f.num_classes, 8, 16))])
+        score = make("maxlogit")(torch.zeros(1, 3, 8, 16), hand, 0)
+        assert (score[..., :7] == 0).all() and (score[..., 9:] != 0).all()
+
+
 def test_flags_without_effect_are_refused(monkeypatch, capsys):
     for args, told in (("--refine road", "--refine: without effect on --score msp; it is for maxlogit"),
                        ("--score maskomaly --ground road", "maskomaly with --queries-from"),
+                       ("--score maskomaly --lambda 0.5", "--lambda: without effect"),
+                       ("--score maskomaly --queries-from val --lambda 3", "share of at most 1"),
+                       ("--border 0.1", "--border: without effect on --score msp; it is for maskomaly"),
+                       ("--synthcp-threshold 0.5", "it is for synthcp"), ("--knn-k 5", "it is for knn cknn"),
+                       ("--score synthcp", "--generator: --score synthcp needs it"),
                        ("--score maxlogit --generator x.pt", "it is for synthcp")):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *args.split()])
         with pytest.raises(SystemExit):
             evaluate.parse()
         assert told in capsys.readouterr().err
     for args in ("--margin-published", "--synthesis --alpha 1", "--synthesis --mix clean", "--loss margin --gamma 0.1",
-                 "--loss margin --negatives flow", "--loss margin --method densehybrid --patches x"):
+                 "--loss margin --negatives flow", "--loss margin --method densehybrid --patches x",
+                 "--method mask2anomaly --gamma 0.3", "--method mask2anomaly --negatives flow", "--margin 0.5",
+                 "--loss kl --margin 0.5", "--synthesis --margin 0.5"):
         monkeypatch.setattr("sys.argv", ["finetune.py", *args.split()])
         with pytest.raises(SystemExit):
             finetune.parse()
     monkeypatch.setattr("sys.argv", ["finetune.py", "--loss", "margin"])
     args = finetune.parse()
     assert args.out == "ft.pt" and "alpha 1.0 (method)" in common.resolve(args, "finetune", "toy", "fpn")
+    for given in ("--method mask2anomaly", "--loss margin"):
+        monkeypatch.setattr("sys.argv", ["finetune.py", *given.split(), "--margin-published", "--margin", "0.5"])
+        args = finetune.parse()
+        assert (args.margin, args.margin_published) == (0.5, True)
 
 
 def test_a_score_of_masks_needs_a_mask_network():

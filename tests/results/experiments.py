@@ -148,7 +148,7 @@ SYSTEMS = [
         "msp": ("m2f_recipe", "mask classification, MGU + AaFt, MSP"),
         "maxlogit": ("m2f_recipe_max", "the same, max logit")}),
     ("m2f_margin.pt", tuned("m2f_margin", before=[MASKS, MASKS_AUXILIARY], loss="margin", **ON_MASKS), {}, {
-        "maxlogit": ("m2f_margin", "Mask2Anomaly: its loss on MGU's D_s, max logit")}),
+        "maxlogit": ("m2f_margin", "Mask2Anomaly's loss on MGU's D_s, mask network, max logit")}),
     ("pretrained.pt", [GENERATOR], {"generator": "generator.pt"}, {"synthcp": ("synthcp", "SynthCP, threshold 0.999")}),
 
     # and what else a reader of those rows asks for
