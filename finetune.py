@@ -14,13 +14,14 @@
 Read beside the paper: AuxiliarySet.__getitem__ (X', Z, D_s) → finetune → pretrain.train → pretrain.eq5 →
 common.objective (Eq. 5). What stands behind stage 3 does not touch this path.
 
-Controls, which the paper lacks: what does the direction of MGU add, and what its size? With everything else the same,
+Controls, which the paper lacks: what does the direction of MGU add, and what its size? With the same D_s, loss and
+steps (but for clean, without D_s, and --any-model, with the other model's), and X wherever D_s is not:
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
     --images sign      every value of X' − X with a random sign: its size and place without its direction
     --images still     X, with the same D_s: the place alone
     --images clean     X, without D_s: L_k alone, on the images that the set was made from
     --any-model        X' of another model: its size, and the direction of another f (--aux)
-    --images aux       with a set of mgu_generate.py --ascent: its size and place, up the gradient
+    --images aux       with a set of mgu_generate.py --ascent: its size and place, up the gradient: more of ỹ
     --alpha 0          L_k alone, on the auxiliary images
 noise and sign are scaled so that their RMS over D_s is that of X' − X after clipping to 0..255 and rounding.
 
@@ -64,7 +65,7 @@ def parse():
     p.add_argument("--out", help="checkpoint to write (default: ft.pt; prototypes.pt, student.pt, generator.pt)")
     p.add_argument("--root", help="folder of the dataset (default: the checkpoint's)")
     g = p.add_argument_group("synthetic-unknown data")
-    g.add_argument("--aux", default="auxiliary", help="folder that mgu_generate.py wrote (default: auxiliary)")
+    g.add_argument("--aux", help="folder that mgu_generate.py wrote (default: auxiliary)")
     g.add_argument("--unknown", choices=("flipped", "all"),
                    help="D_s: the pixels of I_ỹ that flipped, or all of I_ỹ (ours: flipped)")
     g.add_argument("--images", choices=("aux", "clean", "noise", "sign", "still"),
@@ -180,18 +181,21 @@ def auxiliary_data(args, checkpoint, root):
     path = Path(args.aux) / "manifest.json"
     made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
     if made_with != ckpt and not (args.any_model and data.manifest.get("classes") == checkpoint["classes"]):
-        raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}) than {args.ckpt} "
-                                f"({ckpt}); run mgu_generate.py --ckpt {args.ckpt} --out another-folder")
+        others = "" if data.manifest.get("classes") == checkpoint["classes"] else ", of other classes,"
+        raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}){others} than "
+                                f"{args.ckpt} ({ckpt}); run mgu_generate.py --ckpt {args.ckpt} --out another-folder")
     first = common.load_sample(data.name(0))
     data.original(data.name(0), first)                           # fail now where --root is another data set
     identity = dict(aux=common.fingerprint(path), train=None)
     if args.mix == "train":
         # ASSUMPTION: pretraining's augmentation in a window as large as the auxiliary images, so that they stack
-        size, scale = first["label"].shape, checkpoint["settings"].get("scale", (1, 1))
+        size, scale = first["label"].shape, pretrain.pretrained_with(checkpoint)["scale"]
         with common.first_rank_first():
             data.train = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], size, scale,
                                                  args.seed)
         identity["train"] = data.train.identity()
+        if data.manifest["settings"].get("dataset", identity["train"]) != identity["train"]:
+            raise common.InputError(f"{root}: not the dataset that {path} was made from; say where it is with --root")
     D_s = "none" if args.images == "clean" else f"{args.unknown} pixels of I_ỹ"
     common.say(f"{len(data)} images, D_s = {D_s}, images {args.images}, mix {args.mix}")
     return data, identity
@@ -289,14 +293,15 @@ HEAD_FACTOR = 10   # ASSUMPTION: the new outlier head learns ten times as fast a
 
 
 def add_heads(f, args):
-    """Give f what it lacks for this run: an outlier head where γ > 0, a flow. Returns the optimiser's groups."""
+    """Give f what it lacks for this run: an outlier head where γ > 0, a flow; and take away what an earlier fine-tuning
+    gave it and this one would not train. Returns the optimiser's groups."""
     torch.manual_seed(args.seed % 2**63)
     factors = {}                                                 # module: its learning rate, in those of f
-    if args.gamma:
-        f.outlier = f.outlier or nn.Conv2d(f.channels, 1, 1)
+    f.outlier = (f.outlier or nn.Conv2d(f.channels, 1, 1)) if args.gamma else None
+    f.flow = (f.flow or common.RealNVP()) if source(args) == "flow" else None
+    if f.outlier:
         factors[f.outlier] = HEAD_FACTOR
-    if source(args) == "flow":
-        f.flow = f.flow or common.RealNVP()
+    if f.flow:
         factors[f.flow] = args.flow_lr / args.lr
     special = {p for module in factors for p in module.parameters()}
     groups = [dict(params=[p for p in f.parameters() if p not in special])]
@@ -326,7 +331,8 @@ class Pasted(torch.utils.data.Dataset):
     """Training images with a foreign patch pasted in, which is D_s: item (epoch, i) → as AuxiliarySet's.
 
     scenes: TrainingScenes, whose item (epoch, i) it is pasted into. folder: of the patches. cut, sizes, pure, control:
-    the flags. Every random number is a function of (seed, epoch, i); the controls draw the same shapes and places.
+    the flags. Every random number is a function of (seed, epoch, i); the controls draw the same shapes and places, but
+    that "inlier" replaces no image as a whole, whatever `pure` is.
     Raises InputError for a folder without images.
     ASSUMPTION: pasted after the augmentation, with hard edges, as DenseHybrid does; where a patch has a mask, it cuts
     (published: a rectangle half of the time); noisy negatives are jittered and mirrored as their image would be."""
@@ -414,8 +420,9 @@ def place(part, whole, rng):
 def cut_patch(image, mask, cut, sizes, shape, rng):
     """(uint8 (h, w, 3), bool (h, w)), the patch to paste into an image of `shape` (H, W), which it does not exceed.
 
-    cut "side": h and w each from `sizes`, shares of the shorter side, cut out of the image at a scale at which its own
-    shorter side is the largest of them; with a mask, its longer side. "area": all of it, of an area from `sizes`."""
+    cut "side": h and w each from `sizes`, shares of the shorter side of `shape`; the image is first resized so that its
+    own shorter side is the largest of them. With a mask, its longer side. "area": all of it, of an area from `sizes`
+    times a jitter from 0.56 to 2.25, mirrored half of the time."""
     (h, w), short = mask.shape, min(shape)
     low, high = sizes
     if cut == "side" and mask.all():
@@ -687,8 +694,8 @@ def system_flags(p):
     g.add_argument("--cut", choices=("side", "area"), help="paste: a patch is a rectangle whose sides are drawn each "
                    "by itself, or all of the image or mask, of a drawn area (ours: side)")
     g.add_argument("--paste-range", type=common.real(0, above=True), nargs=2, metavar=("LOW", "HIGH"),
-                   help="paste, flow: sides as shares of the image's shorter side, or the area of the image's (ours: "
-                        "0.02 0.49)")
+                   help="paste, flow: sides as shares of the image's shorter side; with --cut area, areas as shares of "
+                        "the image's (ours: 0.02 0.49)")
     g.add_argument("--pure", type=common.real(0), help="paste: share of the images that are replaced by a patch's own, "
                    "all of which is D_s, or what the mask says (ours: 0)")
     g.add_argument("--paste-control", choices=("none", "off", "inlier", "decoy"),
@@ -718,7 +725,7 @@ def system_flags(p):
                    "first one's (ours: SynthCP's 64; small sets: 8)")
     g = p.add_argument_group("related systems: other terms")
     g.add_argument("--gamma", type=common.real(0), help="γ, weight of the cross-entropy of an outlier head, which "
-                   "tells D_s from D_k; 0: no such head (ours: 0)")
+                   "tells D_s from D_k; 0: none is added or kept (ours: 0)")
     g.add_argument("--margin", type=common.real(0, above=True), help="--loss margin: M, by which the confidence on D_s "
                    "is to be below 1 (default: 0.75, the publication's; its code has 1)")
     g.add_argument("--margin-published", action="store_true", default=None, help="--loss margin: −max p̂ in place of "
@@ -727,21 +734,33 @@ def system_flags(p):
 
 def checked(p, args):
     """args, with `stage` and `out`; ends with a usage message where flags do not go together."""
+    chosen, asked, method = source(args), alone(args), common.METHODS[args.method]
+    if len(asked) > 1 or args.method != "mgu" and asked not in ([], ["known-unknown"]):
+        p.error(f"argument --{asked[0]}: goes without --{asked[1] if len(asked) > 1 else 'method'}")
+    if chosen == "prototypes" and args.bn:
+        p.error("argument --bn: has no effect with prototypes: leave it out")
     # The pilot study has neither X' nor I_ỹ, a flow no patches: what is said about them would be without effect
-    chosen = source(args)
     for flag in other_flags(args):
         if getattr(args, flag) is not None:
             p.error(f"argument --{flag.replace('_', '-')}: has no effect with {chosen}: leave it out")
     files = dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt", synthesis="generator.pt")
     args.stage = chosen if chosen in files else "finetune"
     args.out = args.out or files[args.stage]
+    args.aux = args.aux or "auxiliary"
     if args.loss == "margin" and args.method == "mgu":
-        args.method = "mask2anomaly"
+        args.method, method = "mask2anomaly", common.METHODS["mask2anomaly"]
     if chosen == "paste" and not args.patches:
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
         p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
-    method = common.METHODS[args.method]
+    cut = method.get("cut", "side")                              # what the method's range is of
+    wanted = "side" if chosen == "flow" else args.cut or cut
+    if "paste_range" in method and chosen in ("paste", "flow") and not args.paste_range and wanted != cut:
+        p.error(f"argument --paste-range: that of --method {args.method} is of --cut {cut}: expected LOW HIGH")
+    if (args.pure or 0) > 1:
+        p.error("argument --pure: expected a share of at most 1")
+    if args.loss and args.alpha is None and method.get("alpha") == 0:
+        p.error(f"argument --loss: --method {args.method} gives it no weight: expected --alpha too")
     loss, gamma = args.loss or method.get("loss"), method.get("gamma", 0) if args.gamma is None else args.gamma
     if loss == "margin" and (chosen == "flow" or gamma):
         p.error("argument --loss: margin goes without an outlier head (--gamma) and without a flow")
@@ -754,7 +773,7 @@ def checked(p, args):
 
 EQ5 = ("loss", "alpha", "gamma")
 SOURCES = {   # where D_s comes from, or what is trained without one: the flags that it reads
-    "mgu": ("negatives", "unknown", "images", "mix", "any_model", *EQ5),
+    "mgu": ("aux", "negatives", "unknown", "images", "mix", "any_model", *EQ5),
     "known-unknown": EQ5,
     "paste": ("negatives", "patches", "cut", "paste_range", "pure", "paste_control", *EQ5),
     "flow": ("negatives", "paste_range", "flow_lr", "flow_steps", "flow_border", *EQ5),
@@ -764,11 +783,15 @@ SOURCES = {   # where D_s comes from, or what is trained without one: the flags 
 }
 
 
+def alone(args):
+    """Of SOURCES those that have a flag of their name, and are asked for."""
+    return [name for name in ("prototypes", "distill", "synthesis", "known-unknown")
+            if getattr(args, name.replace("-", "_"), None)]
+
+
 def source(args):
     """One of SOURCES: what a flag of that name asks for, or --negatives, else the method's, else mgu."""
-    names = ("prototypes", "distill", "synthesis", "known-unknown")
-    asked = [name for name in names if getattr(args, name.replace("-", "_"), None)]
-    return (asked or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
+    return (alone(args) or [args.negatives or common.METHODS[args.method].get("negatives", "mgu")])[0]
 
 
 def other_flags(args):

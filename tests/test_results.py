@@ -222,8 +222,12 @@ def test_real_rows_come_in_the_order_of_the_goal():
         assert where == list(range(where[0], where[-1] + 1)), "all seeds of a row together"
         assert len(where) == 4 * (1 if first in experiments.FIRST_SEED else 3)
     others = [n for n in nodes_of("real", "/r") if "--any-model" in n["flags"]]
-    assert [flag_of(n, "--aux")[0] for n in others] == [
-        f"/r/real_{data}/{other}/auxiliary" for other in (1, 2, 0) for data in ("idd_lite", "camvid")]
+    assert len(others) == 6 and {flag_of(n, "--aux")[0] for n in others} == {"auxiliary_other"}
+    made = [n for n in nodes_of("real", "/r") if "auxiliary_other" in n["flags"]
+            and n["script"] == "mgu_generate.py"]
+    assert [(flag_of(n, "--ckpt")[0], flag_of(n, "--seed")[0]) for n in made] == [
+        (f"/r/real_{data}/{other}/pretrained.pt", seed) for other, seed in ((1, "0"), (2, "1"), (0, "2"))
+        for data in ("idd_lite", "camvid")]
     assert not any("--any-model" in n["flags"] for n in nodes_of("real", "/r", "--seeds", "4"))
 
 

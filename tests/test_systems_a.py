@@ -629,6 +629,17 @@ def test_scripts(small, patches, tmp_path):
     run_ok(*tune, "--method", "densehybrid", "--patches", patches, "--out", "dh.pt", folder=tmp_path)
     f, checkpoint = common.load_checkpoint(tmp_path / "dh.pt")
     assert f.outlier is not None and f.flow is None and checkpoint["outlier"]
+    assert (checkpoint["settings"]["gamma"], checkpoint["settings"]["paste_control"]) == (0.3, "none")
+    torch.manual_seed(0)
+    assert not torch.equal(f.outlier.weight, nn.Conv2d(f.channels, 1, 1).weight), "γ's term has trained the head"
+    losses = []
+    for control in ("none", "off"):                              # of a head that this run does not train nothing stays
+        run_ok(*tune[:1], "--ckpt", "dh.pt", *tune[3:], "--negatives", "paste", "--patches", patches, "--paste-control",
+               control, "--out", f"{control}.pt", folder=tmp_path)
+        f, checkpoint = common.load_checkpoint(tmp_path / f"{control}.pt")
+        assert f.outlier is None and not checkpoint["outlier"] and checkpoint["settings"]["gamma"] is None
+        losses.append(json.loads((tmp_path / f"{control}.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] != losses[1], "the control has no D_s"
     done = run_ok("evaluate.py", "--ckpt", "dh.pt", "--score", *OUTLIER_SCORES, "--panels", 0, folder=tmp_path)
     assert all(name in done.out for name in OUTLIER_SCORES)
     done = run("evaluate.py", "--ckpt", small / "pretrained.pt", "--score", "hybrid", folder=tmp_path)
@@ -639,12 +650,24 @@ def test_scripts(small, patches, tmp_path):
     run_ranks(*flow, "--out", "two.pt", folder=tmp_path)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True)["model"] for n in ("one", "two"))
     assert sum(k.startswith("flow.") for k in one) > 20
+    before = torch.load(small / "pretrained.pt", weights_only=True)["model"]
+    assert any(not torch.equal(one[k], v) for k, v in before.items()), "after the flow's own steps f is trained"
+    steps = [json.loads(line)["step"] for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 * (len(common.Scenes("toy", small / "toy", "train")) // 4), "an epoch of each"
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-4, msg=name)
 
     for more, flag in ((("--method", "noisy"), "--patches"), (("--flow-lr", 1), "--flow-lr"),
                        (("--method", "rnvp", "--patches", "x"), "--patches"),
                        (("--method", "rnvp", "--paste-range", 0.5, 0.1), "--paste-range"),
-                       (("--known-unknown", "car", "--negatives", "mgu"), "--negatives")):
+                       (("--known-unknown", "car", "--negatives", "mgu"), "--negatives"),
+                       (("--prototypes", 5, "--distill"), "--prototypes"), (("--distill", "--synthesis"), "--distill"),
+                       (("--known-unknown", "car", "--distill"), "--distill"),
+                       (("--prototypes", 5, "--method", "noisy"), "--prototypes"),
+                       (("--prototypes", 5, "--bn", "train"), "--bn"), (("--distill", "--aux", "x"), "--aux"),
+                       (("--method", "noisy", "--negatives", "flow"), "--paste-range"),
+                       (("--method", "densehybrid", "--patches", patches, "--cut", "area"), "--paste-range"),
+                       (("--negatives", "paste", "--patches", patches, "--pure", 5), "--pure"),
+                       (("--method", "noisy", "--patches", patches, "--loss", "kl"), "--loss")):
         done = run(*tune, *more, folder=tmp_path)
         assert done.code == 2 and flag in done.err and "usage:" in done.err

@@ -213,12 +213,12 @@ UP = ("mgu_generate.py", "auxiliary_ascent", {"ascent": ()})
 
 
 def one_row(name, label, before=AUXILIARY, **flags):
-    """An entry as those of SYSTEMS, of one fine-tuning on the set that `before` makes; OTHER: that of the next seed."""
+    """An entry as those of SYSTEMS, of one fine-tuning on the set that `before` makes."""
     return f"{name}.pt", tuned(name, before=[before], **{"aux": before[1]} | flags), {}, {"msp": (name, label)}
 
 
 CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP)}
-CONTROL_LABELS = {**CONTROLS, "ascent": "as many steps up the gradient"}
+CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far"}
 KNN_LAYER = {"knn-layer": 16}     # the layer that layers.py found best on CamVid's choosing images
 RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
 REAL_ROWS = [
@@ -231,7 +231,8 @@ REAL_ROWS = [
     one_row("paper", "L_ER, α = 0.05, no known images (as many steps), batch norm on the batch", loss="er", alpha=0.05,
             mix="none", epochs=20, bn="train"),
     *(one_row(name, f"control: {CONTROL_LABELS[name]}", **flags) for name, flags in CONTROL_SETS.items()),
-    one_row("other", "control: MGU of another model", aux="OTHER", any_model=()),
+    one_row("other", "control: MGU of another model, with its D_s",
+            ("mgu_generate.py", "auxiliary_other", {"ckpt": "OTHER"}), any_model=()),
     # what may take the harm away
     one_row("mix_train", "training images mixed in, augmented", mix="train"),
     one_row("images60", "up to 60 images a class, 4 passes", ("mgu_generate.py", "auxiliary_60", {"per-class": 60}),
@@ -399,9 +400,9 @@ def add_entry(nodes, study, entry, place, seed, args, hardware):
         if script == "pretrain.py":
             given = ["--data", place["data"], "--root", place["root"]]
             filled_in = filled(place["pretrain"] | changes, place, args)
-        if changes.get("aux") == "OTHER":
-            needs = [*needs, f"{place['name']}/{others[0]}/systems_auxiliary"]
-            filled_in["aux"] = place["folder"] / str(others[0]) / "auxiliary"
+        if changes.get("ckpt") == "OTHER":                   # the pretrained model of the next seed
+            needs = [*needs, f"{place['name']}/{others[0]}/pretrain"]
+            filled_in["ckpt"] = place["folder"] / str(others[0]) / "pretrained.pt"
         told += as_flags(changes)
         model = add(nodes, f"{start}/systems_{makes}", script,
                     [*given, *as_flags(filled_in), "--seed", seed, "--out", makes,
