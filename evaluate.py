@@ -662,7 +662,8 @@ def short_names(paths):
 def load_models(args, device):
     """({label: [f, …]}, {path: checkpoint}), --ckpt first. Raises InputError where their classes differ."""
     paths = [*args.ckpt, *args.baseline]
-    name = dict(zip(paths, short_names(paths)))
+    names = short_names(paths) if not args.tradi else \
+        [f"{name} TRADI" for name in short_names(args.ckpt)] + short_names(args.baseline)
     loaded = {path: common.load_checkpoint(path) for path in paths}
     classes = loaded[paths[0]][1]["classes"]
     for path, (_, checkpoint) in loaded.items():
@@ -671,8 +672,9 @@ def load_models(args, device):
                                     f"and {len(classes)}; expected the same")
     for path, (f, checkpoint) in loaded.items():
         f.origin = path, checkpoint                      # where its training images lie, and who it is
-    models = {"+".join(name[p] for p in group): [loaded[p][0].to(device).requires_grad_(False) for p in group]
-              for group in (args.ckpt, *([p] for p in args.baseline))}
+    n = len(args.ckpt)
+    models = {"+".join(names[:n]): [loaded[p][0].to(device).requires_grad_(False) for p in args.ckpt],
+              **{name: [loaded[p][0].to(device).requires_grad_(False)] for name, p in zip(names[n:], args.baseline)}}
     if args.tradi:
         models[next(iter(models))] = [f for p in args.ckpt for f in tradi_samples(p, loaded[p][1], args, device)]
     return models, {path: checkpoint for path, (_, checkpoint) in loaded.items()}
@@ -698,13 +700,13 @@ def open_scenes(args, checkpoint):
     return opened
 
 
-def validation_scenes(scenes, checkpoint):
+def validation_scenes(scenes, checkpoint, train_root=None):
     """The images on which thresholds are set: the validation split of the data set itself, where it has one and
-    classes; else that of the checkpoint's."""
+    classes; else that of the checkpoint's, in the folder `train_root` if it is given."""
     if scenes.classes and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
         anomaly = checkpoint["anomaly"] if scenes.data == checkpoint["data"] else None
         return common.Scenes(scenes.data, scenes.root, "val", anomaly)
-    root = common.data_root(None, checkpoint)
+    root = common.data_root(train_root, checkpoint, "--train-root")
     return common.Scenes(checkpoint["data"], root, "val", checkpoint["anomaly"])
 
 
@@ -1387,7 +1389,7 @@ def system_flags(p):
                    "(default: none)")
     g.add_argument("--tradi", type=common.whole(), metavar="N", help="an ensemble of N samples of the weights that "
                    "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
-    g.add_argument("--bn-images", type=common.whole(2), default=500,
+    g.add_argument("--bn-images", type=common.whole(2),
                    help="training images from which --tradi re-estimates batch norm (ours: 500)")
     g.add_argument("--train-root", metavar="FOLDER", help="knn, cknn, --tradi, --queries-from: folder of the data that "
                    "f was trained on (default: the checkpoint's)")
@@ -1432,6 +1434,11 @@ def check_system_flags(p, args):
             setattr(args, name, default)
     if args.lam > 1:
         p.error("argument --lambda: expected a share of at most 1")
+    if args.bn_images and not args.tradi:
+        p.error("argument --bn-images: without effect; it is for --tradi")
+    for score in {"dicnet", "synthcp"} & set(args.score) if args.tradi else ():
+        p.error(f"argument --tradi: --score {score} belongs to one f, and not to samples of it")
+    args.bn_images = args.bn_images or 500
 
 
 # The outlier head: DenseHybrid, noisy negatives
@@ -1659,8 +1666,8 @@ def knn_references(f, train_root, images, vectors, k, chunk, seed, device, layer
     ASSUMPTION: the layer (published: keys of a transformer); as many vectors from each image; the 30000 are references
     (published: of their own)."""
     scenes = training_scenes(f, train_root)
-    chosen = np.random.default_rng(seed).permutation(len(scenes))[:images].tolist()
-    share, kept, low, high = max(1, vectors // len(chosen)), [], math.inf, -math.inf
+    chosen = np.random.default_rng(seed).permutation(len(scenes))[:min(images, vectors)].tolist()
+    share, kept, low, high = vectors // len(chosen), [], math.inf, -math.inf
     with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
         items = common.ahead(readers, scenes.__getitem__, chosen, count=16)
         for item in common.progress(items, "kNN references", total=len(chosen), leave=False):
@@ -1739,12 +1746,14 @@ def make_dicnet(name, fs, args, device):
 # Samples of the weights
 
 def sample_tensor(mean, var, generator, D=10):
-    """A draw w̃ of the weights of a layer, float32 of the shape of mean and var: TRADI's
+    """A draw w̃ of the weights of a tensor, float32 of the shape of mean and var: TRADI's
 
         w̃ = μ + √v · √(2/D) Σ_d cos(θ_d μ + b_d) ξ_d,    θ, ξ ~ N(0, 1), b ~ U(0, 2π),    all of size D
 
     random Fourier features of Cov(w̃_i, w̃_j) = √(v_i v_j) exp(−(μ_i − μ_j)²/2). They need one phase b_d for all
-    weights of the layer: with one for each weight, as the public code draws them, the covariance is diagonal."""
+    weights of the tensor: with one for each weight, as the public code draws them, the covariance is diagonal. Weights
+    differ by far less than 1, so that a draw moves all of a tensor by nearly the same multiple of √v.
+    ASSUMPTION: the cosine is of μ (public code: of the last weights)."""
     theta, xi = torch.randn(2, D, generator=generator).to(mean)
     b = 2 * math.pi * torch.rand(D, generator=generator).to(mean)
     field = torch.zeros_like(mean)
@@ -1777,7 +1786,7 @@ def tradi_samples(path, checkpoint, args, device):
 def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
     """Replace the running averages of batch norm of every f by the plain mean over one pass through chosen images.
 
-    ASSUMPTION: whole images, as f sees them in the test; of a batch of several sizes, what the smallest covers."""
+    ASSUMPTION: whole images at their own size; of a batch of several sizes, what the smallest covers."""
     norms = [m for f in fs for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in norms:
         m.reset_running_stats()
@@ -1797,8 +1806,8 @@ def systems_protocol(args):
     """What results.json says of the systems above, where one is used."""
     told = {}
     if {"knn", "cknn"} & set(args.score):
-        told["knn"] = dict(k=args.knn_k, images=args.knn_images, vectors=args.knn_vectors, seed=args.seed,
-                           layer=args.knn_layer, upsampling="bilinear")
+        told["knn"] = dict(k=args.knn_k, images_at_most=args.knn_images, vectors_at_most=args.knn_vectors,
+                           seed=args.seed, layer=args.knn_layer, upsampling="bilinear")
     if "dicnet" in args.score:
         told["student"] = common.fingerprint(args.student)
     if "maskomaly" in args.score:
@@ -1811,7 +1820,7 @@ def systems_protocol(args):
     if "synthcp" in args.score:
         told["synthcp"] = dict(generator=common.fingerprint(args.generator), threshold=args.synthcp_threshold)
     if args.tradi:
-        told["tradi"] = dict(samples=args.tradi, bn_images=args.bn_images, seed=args.seed)
+        told["tradi"] = dict(samples=args.tradi, bn_images_at_most=args.bn_images, seed=args.seed)
     return told
 
 
@@ -1851,7 +1860,7 @@ def main():
         tables, thresholds = {}, {}
         for name, scenes in opened.items():
             if args.operating_point or args.open:
-                val = validation_scenes(scenes, checkpoint)
+                val = validation_scenes(scenes, checkpoint, args.train_root)
                 if str(val.root) not in thresholds:
                     thresholds[str(val.root)] = calibrate(models, val, checkpoints, args, device)
             calibrated = thresholds[str(val.root)] if thresholds else None

@@ -564,12 +564,13 @@ def train_prototypes(args, f, checkpoint, root, device):
     prototype starts as the masked mean of the embedding; then L_k of 10 · cosine on the same images, everything but the
     prototypes frozen; one level of features for the "hierarchical" ones."""
     if f.decoder:
-        raise common.InputError(f"{args.ckpt}: a mask network has no classifier to replace; expected another --arch")
+        raise common.InputError(f"{args.ckpt}: a mask network has no classifier to replace; expected a checkpoint of "
+                                "another --arch")
     with common.first_rank_first():
         scenes = chosen_scenes(args.prototypes, checkpoint, root)
     f = f.to(device)
     weight = class_prototypes(f, (scenes[0, i] for i in range(len(scenes))), device)
-    common.say(f"{len(scenes)} images with {args.prototypes} of each of {len(scenes.classes)} classes")
+    common.say(f"{len(scenes)} images: the {args.prototypes} with most of each of {len(scenes.classes)} classes")
     g = common.Segmenter(f.arch, f.backbone_name, f.num_classes, f.width, "cosine")
     g.load_state_dict({k: v for k, v in f.state_dict().items() if not k.startswith(("classifier.", "outlier."))},
                       strict=False)
@@ -584,12 +585,12 @@ def train_prototypes(args, f, checkpoint, root, device):
 
 
 def distill(args, f, checkpoint, root, device):
-    """DiCNet's student (Zhou et al., 2021): a smaller network that predicts the embedding T of the frozen f from clean
-    training images without their labels: it fits where it was taught, on the known classes.
+    """DiCNet's student (Zhou et al., 2021): a network, smaller as published, that predicts the embedding T of the frozen
+    f from clean training images without their labels: it fits where it was taught, on the known classes.
 
     minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
     ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
-    map of the student that is coarser than f's is upsampled bilinearly."""
+    map of the student that is coarser than f's is upsampled bilinearly (published: align_corners), active dropout."""
     scenes = pretrain.training_scenes(args, checkpoint, root)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)

@@ -726,8 +726,8 @@ class Tradi:
         P⁻ = P + Q,   K = P⁻ / (P⁻ + R),   P ← (1 − K) P⁻          (both scalars, for all weights; P starts at 0)
 
     The gains K rise from Q / (Q + R) to those given, whatever R that takes: R = Q (1 − K) / K².
-    ASSUMPTION: starts at μ = w_0, v = 0, where the public code starts at μ = 0: that start is left only after some
-    1/K_μ = 317 steps. With Adam a step is not lr·g, and the filter an average over the last 1/K_μ iterates.
+    ASSUMPTION: starts at μ = w_0, v = 0, where the public code starts at μ = 0. Of the start 65 % are left after 317
+    = 1/K_μ steps, 8 % after 1000. With Adam a step is not lr·g, and the filter an average over the last 1/K_μ iterates.
 
     mean, var {name: tensor}; first: the share of w_0 that is left in the mean where Adam forgets it, Π(1 − K_μ)."""
 

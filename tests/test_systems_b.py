@@ -3,6 +3,7 @@ import argparse
 import copy
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -164,6 +165,13 @@ def test_maps_of_knn_and_cknn_by_hand(monkeypatch):
     assert torch.allclose(scores["knn"].double(), d, atol=1e-5)
     assert torch.allclose(scores["cknn"].double(), (energy - low) / (high - low) + d / r["farthest"], atol=1e-5)
 
+    asked = []
+    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: asked.append(root) or Scenes())
+    evaluate.prepare_scores([Reader()], ["knn"], options(train_root="moved"), CPU)
+    assert asked == ["moved"]
+    few = evaluate.knn_references(Reader(), None, 3, 2, 1, 10, 5, CPU)["vectors"]
+    assert len(few) == 2, "never more than are asked for, of as many images"
+
     # Of an ensemble: the mean over its members, of whom each has its own references
     g = Reader()
     g.outputs = lambda X: dict(embedding=2 * f.outputs(X)["embedding"], logits=f.outputs(X)["logits"])
@@ -208,6 +216,13 @@ def test_cosine_score():
     z = f.classifier(f.activation(f.embed(X))).max(1, keepdim=True).values
     expected = F.interpolate((1 - z / 10) / 2, (24, 32), mode="bilinear", align_corners=False)[:, 0]
     assert torch.allclose(coarse, expected, atol=1e-6)
+
+    g = embedded(segmenter(classifier="cosine"), noise(1, 16, 6, 8, seed=3))         # an ensemble: the mean of the maps
+    pair, seen = evaluate.prepare_scores([f, g], ["cosine"], None, CPU)["cosine"], evaluate.forward([f, g], X)
+    other = evaluate.prepare_scores([g], ["cosine"], None, CPU)["cosine"](X, evaluate.forward([g], X), 0)
+    assert torch.allclose(pair(X, seen, 0), (coarse + other) / 2, atol=1e-6) and not torch.allclose(coarse, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert f.classifier(noise(1, 16, 6, 8)).dtype == torch.float32
 
 
 def test_a_cosine_checkpoint_comes_back(tmp_path):
@@ -280,7 +295,8 @@ def test_prototypes_script(small):
     done = run_ok("finetune.py", "--prototypes", 2, "--epochs", 2, "--batch-size", 2, "--restart", folder=small)
     f, checkpoint = common.load_checkpoint(small / "prototypes.pt")
     before = torch.load(small / "pretrained.pt", weights_only=True)["model"]
-    assert checkpoint["classifier"] == "cosine" and checkpoint["stage"] == "prototypes" and "with 2 of each" in done.out
+    assert checkpoint["classifier"] == "cosine" and checkpoint["stage"] == "prototypes"
+    assert "the 2 with most" in done.out
     same = {k: v.equal(before[k]) for k, v in checkpoint["model"].items() if k in before}
     assert [k for k, ok in same.items() if not ok] == ["classifier.weight"]           # batch norm's averages stay too
     scenes = finetune.chosen_scenes(2, checkpoint, str(small / "toy"))
@@ -302,6 +318,10 @@ def test_images_of_the_prototypes_have_the_most_pixels(toy_root):
     counts = np.stack([np.bincount(everything[i]["label"].flatten(), minlength=256) for i in range(len(everything))])
     best = {everything.name(int(counts[:, c].argmax())) for c in range(len(everything.classes))}
     assert {scenes.name(i) for i in range(len(scenes))} == best and len(best) < len(everything)
+    scenes = finetune.chosen_scenes(2, checkpoint, toy_root)
+    best = {everything.name(int(i)) for c in range(len(everything.classes))
+            for i in np.argsort(-counts[:, c], kind="stable")[:2] if counts[i, c]}
+    assert {scenes.name(i) for i in range(len(scenes))} == best
 
 
 # ────────────────────────────────────────────────── DiCNet ──────────────────────────────────────────────────
@@ -317,7 +337,7 @@ def test_the_students_map_lacks_the_last_batch_norm_alone(arch):
     assert torch.allclose(norm(common.bare(f).embed(X)), normed, atol=1e-5)
 
 
-def test_a_student_with_the_teachers_weights_scores_zero(tmp_path):
+def test_a_student_with_the_teachers_weights_scores_zero(tmp_path, monkeypatch):
     teacher = segmenter()
     norm = teacher.head.fuse[-1]
     norm.running_mean.copy_(noise(len(norm.bias)))
@@ -338,6 +358,16 @@ def test_a_student_with_the_teachers_weights_scores_zero(tmp_path):
         norm.bias.data += 0.5                                              # an offset of every channel: 0.5² everywhere
         f.load_state_dict(teacher.state_dict())
         offset = score(X, evaluate.forward([f], X), 0)
+        small = F.avg_pool2d(student.embed(X), 2)                           # a student of a coarser map
+        stub = types.SimpleNamespace(embed=lambda X: small, to=lambda d: stub, requires_grad_=lambda flag: stub)
+        load = common.load_checkpoint
+        monkeypatch.setattr(common, "load_checkpoint", lambda path, companion=None: (stub, load(path, companion)[1]))
+        coarser = evaluate.make_dicnet("dicnet", [f], options(student=str(tmp_path / "s.pt")), CPU)
+        monkeypatch.setattr(common, "load_checkpoint", load)
+        seen = evaluate.forward([f], X)
+        d = (seen["each"][0]["embedding"] - F.interpolate(small, (12, 16), mode="bilinear", align_corners=False))**2
+        expected = F.interpolate(d.mean(1, keepdim=True), (48, 64), mode="bilinear", align_corners=False)[:, 0]
+        assert torch.allclose(coarser(X, seen, 0), expected, atol=1e-6)
     assert exact.shape == (1, 48, 64) and exact.abs().max() < 1e-8
     assert torch.allclose(offset, torch.tensor(0.25), atol=1e-4)
     with pytest.raises(common.InputError, match="distill of another checkpoint, no segmenter"):
@@ -383,6 +413,24 @@ def test_distillation_script(small):
     done = run("evaluate.py", "--ckpt", "other.pt", *score, folder=small)
     assert done.code == 1 and "a student of another teacher" in done.err and done.err.count("\n") == 1, done.err
     assert run("evaluate.py", "--ckpt", "pretrained.pt", "--score", "dicnet", folder=small).code == 2
+
+
+def test_the_teacher_stays_as_it_is(small, tmp_path, monkeypatch):
+    """While the student learns: no statistics of the batch, no averages that move, no gradient."""
+    monkeypatch.chdir(tmp_path)
+    f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
+    args = argparse.Namespace(ckpt=str(small / "pretrained.pt"), student_backbone="mobilenet_v3_large", seed=0, lr=1e-3,
+                              student_weights=None, epochs=1, batch_size=2, schedule="constant", bn="train")
+    before, losses = {k: v.clone() for k, v in f.state_dict().items()}, []
+
+    def train(student, scenes, *args, objective=None, **more):
+        part = {k: v[None] for k, v in scenes[0, 0].items() if k == "image"}
+        losses.append(objective(student.train().outputs, part, [1]))
+        losses[0].backward()
+    monkeypatch.setattr(pretrain, "train", train)
+    finetune.distill(args, f, checkpoint, str(small / "toy"), CPU)
+    assert losses[0] > 0 and not f.training and not any(p.requires_grad for p in f.parameters())
+    assert all(v.equal(before[k]) for k, v in f.state_dict().items())
 
 
 def test_layers_agree_with_the_score(small, tmp_path):
@@ -488,6 +536,9 @@ def test_batch_norm_is_estimated_from_the_images():
     f = segmenter("pspnet")
     scenes = [dict(image=torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)) for _ in range(12)]
     norms = [m for m in f.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:                                                        # as after a training
+        m.num_batches_tracked += 50
+        m.running_mean += 3
     seen = []
     hook = norms[0].register_forward_pre_hook(lambda m, x: seen.append(x[0].double()))
     evaluate.estimate_batch_norm([f], scenes, np.arange(12), CPU, batch=6)
@@ -534,6 +585,11 @@ def test_tradi_and_pans_scripts(small, once):
     assert all(v.equal(second.state_dict()[k]) for k, v in first.state_dict().items())
     assert all(first.state_dict()[k].equal(v) for k, v in checkpoint["tradi"]["mean"].items())
     assert not first.backbone["0"][1].running_mean.equal(f.backbone["0"][1].running_mean)
+    f, checkpoint = common.load_checkpoint(small / "once.pt")
+    first, second = evaluate.tradi_samples("once.pt", checkpoint, args, CPU)
+    other, _ = evaluate.tradi_samples("once.pt", checkpoint, argparse.Namespace(**{**vars(args), "seed": 1}), CPU)
+    for a, b in ((first, second), (first, other)):
+        assert not a.classifier.weight.equal(b.classifier.weight), "every sample and seed is another draw"
     with pytest.raises(common.InputError, match="x.pt: no tracked weights"):
         evaluate.tradi_samples("x.pt", {}, args, CPU)
 
@@ -544,5 +600,5 @@ def test_every_rank_count_gives_the_same_numbers(small, once):
     run_ok("evaluate.py", *flags, "--out", "r_one", folder=small)
     run_ranks("evaluate.py", *flags, "--out", "r_two", folder=small)
     one, two = (json.loads((small / name / "results.json").read_text()) for name in ("r_one", "r_two"))
-    assert one == two and one["protocol"]["tradi"]["samples"] == 2 and one["protocol"]["knn"]["vectors"] == 100
+    assert one == two and one["protocol"]["tradi"]["samples"] == 2 and one["protocol"]["knn"]["vectors_at_most"] == 100
     assert len({row["pooled"]["aupr"] for row in one["rows"]}) == 4
