@@ -590,7 +590,7 @@ def distill(args, f, checkpoint, root, device):
 
     minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
     ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
-    map of the student that is coarser than f's is upsampled bilinearly (published: align_corners), active dropout."""
+    map of the student that is coarser than f's is upsampled bilinearly (published: align_corners), dropout."""
     scenes = pretrain.training_scenes(args, checkpoint, root)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
