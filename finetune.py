@@ -585,12 +585,12 @@ def train_prototypes(args, f, checkpoint, root, device):
 
 
 def distill(args, f, checkpoint, root, device):
-    """DiCNet's student (Zhou et al., 2021): a network, smaller as published, that predicts the embedding T of the frozen
-    f from clean training images without their labels: it fits where it was taught, on the known classes.
+    """DiCNet's student (Zhou et al., 2021): a network, smaller as published, that predicts the embedding T of the
+    frozen f from clean training images without their labels: it fits where it was taught, on the known classes.
 
     minimise  mean over images, channels and cells of (S − T)²,  T behind f's batch norm, S a bare convolution.
-    ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5), a
-    map of the student that is coarser than f's is upsampled bilinearly (published: align_corners), dropout."""
+    ASSUMPTION: pretraining's crops and scales (published: whole images, flipped), no weight decay (published: 1e-5),
+    dropout active; a map of the student that is coarser than f's is upsampled bilinearly (published: align_corners)."""
     scenes = pretrain.training_scenes(args, checkpoint, root)
     teacher = f.to(device, memory_format=torch.channels_last).requires_grad_(False)
     torch.manual_seed(args.seed % 2**63)
