@@ -1478,7 +1478,7 @@ class Coupling(nn.Module):
     """Affine coupling: of the halves x = (a, b) of the channels, b → b · exp(s) + t, with s and t functions of a; then
     the channels of both take turns (a perfect shuffle), so that the next coupling halves them in another way.
 
-    At first s = t = 0: the last convolution is. |s| < 2, so that no step of the optimiser is without way back."""
+    At first s = t = 0: the last convolution is. |s| < 2, so that exp(s) stays below e² whatever a step does."""
 
     def __init__(self, channels, mid):
         super().__init__()
@@ -1546,7 +1546,7 @@ class RealNVP(nn.Module):
     def sample(self, z):
         """Image patches (B, 3, h, w) in [0, 1], of whole grey levels as every image that f sees.
 
-        Straight-through rounding: its gradient is that of the identity, else none would come back from the loss on D_s
+        Straight-through rounding: the gradient is that of the clamp alone, else none would come back from the loss on D_s
         (the public joint code rounds to integers: its flow learns from the likelihood alone)."""
         x = (self.inverse(z) + 0.5).clamp(0, 1)
         return x + ((255 * x).round() / 255 - x).detach()

@@ -1445,11 +1445,11 @@ def check_system_flags(p, args):
 
 def score_outlier(name, seen):
     """Scores of the outlier logit d: P(outlier) = σ(d), of an ensemble the mean. Each from logarithms, never from a
-    probability: that is 0 or 1 in float32 where d is beyond ±104 or 17, and ties.
+    probability, which in float32 is 0 where d < −104 and 1 where d > 17, and ties.
 
     outlier      log σ(d) (noisy negatives, Bevandić et al., GCPR 2019)
     outlier_msp  log(1 − P(inlier) · max_i S_i) = log(σ(d) + σ(−d) (1 − max_i S_i))
-    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022)"""
+    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022); of an ensemble, of the mean logits"""
     d = torch.stack([o["outlier"].float() for o in seen["each"]])                 # (models, B, H, W)
     log_outlier, log_inlier = (nn.functional.logsigmoid(v).logsumexp(0) - math.log(len(d)) for v in (d, -d))
     if name == "outlier_msp":
