@@ -1546,8 +1546,8 @@ class RealNVP(nn.Module):
     def sample(self, z):
         """Image patches (B, 3, h, w) in [0, 1], of whole grey levels as every image that f sees.
 
-        Straight-through rounding: the gradient is that of the clamp alone, else none would come back from the loss on D_s
-        (the public joint code rounds to integers: its flow learns from the likelihood alone)."""
+        Straight-through rounding: the gradient is that of the clamp alone, else none would come back from the loss on
+        D_s (the public joint code rounds to integers: its flow learns from the likelihood alone)."""
         x = (self.inverse(z) + 0.5).clamp(0, 1)
         return x + ((255 * x).round() / 255 - x).detach()
 

@@ -1449,7 +1449,7 @@ def score_outlier(name, seen):
 
     outlier      log σ(d) (noisy negatives, Bevandić et al., GCPR 2019)
     outlier_msp  log(1 − P(inlier) · max_i S_i) = log(σ(d) + σ(−d) (1 − max_i S_i))
-    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022); of an ensemble, of the mean logits"""
+    hybrid       log σ(d) − log Σ_i exp z_i (DenseHybrid, Grcić et al., ECCV 2022); z of an ensemble: the mean"""
     d = torch.stack([o["outlier"].float() for o in seen["each"]])                 # (models, B, H, W)
     log_outlier, log_inlier = (nn.functional.logsigmoid(v).logsumexp(0) - math.log(len(d)) for v in (d, -d))
     if name == "outlier_msp":
