@@ -222,7 +222,7 @@ def test_real_rows_come_in_the_order_of_the_goal():
         assert where == list(range(where[0], where[-1] + 1)), "all seeds of a row together"
         assert len(where) == 4 * (1 if first in experiments.FIRST_SEED else 3)
     others = [n for n in nodes_of("real", "/r") if "--any-model" in n["flags"]]
-    assert len(others) == 6 and {flag_of(n, "--aux")[0] for n in others} == {"auxiliary_other"}
+    assert len(others) == 6 * 3 and {flag_of(n, "--aux")[0] for n in others} == {"auxiliary_other"}
     made = [n for n in nodes_of("real", "/r") if "auxiliary_other" in n["flags"]
             and n["script"] == "mgu_generate.py"]
     assert [(flag_of(n, "--ckpt")[0], flag_of(n, "--seed")[0]) for n in made] == [

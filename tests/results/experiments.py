@@ -217,8 +217,10 @@ def one_row(name, label, before=AUXILIARY, **flags):
     return f"{name}.pt", tuned(name, before=[before], **{"aux": before[1]} | flags), {}, {"msp": (name, label)}
 
 
-CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP)}
-CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far"}
+OTHER = ("mgu_generate.py", "auxiliary_other", {"ckpt": "OTHER"})     # the pretrained model of the next seed
+CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP),
+                "other": dict(before=OTHER, any_model=())}
+CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far", "other": "MGU of another model, with its D_s"}
 KNN_LAYER = {"knn-layer": 16}     # the layer that layers.py found best on CamVid's choosing images
 RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
 REAL_ROWS = [
@@ -231,8 +233,6 @@ REAL_ROWS = [
     one_row("paper", "L_ER, α = 0.05, no known images (as many steps), batch norm on the batch", loss="er", alpha=0.05,
             mix="none", epochs=20, bn="train"),
     *(one_row(name, f"control: {CONTROL_LABELS[name]}", **flags) for name, flags in CONTROL_SETS.items()),
-    one_row("other", "control: MGU of another model, with its D_s",
-            ("mgu_generate.py", "auxiliary_other", {"ckpt": "OTHER"}), any_model=()),
     # what may take the harm away
     one_row("mix_train", "training images mixed in, augmented", mix="train"),
     one_row("images60", "up to 60 images a class, 4 passes", ("mgu_generate.py", "auxiliary_60", {"per-class": 60}),
@@ -388,7 +388,7 @@ def add_entry(nodes, study, entry, place, seed, args, hardware):
     first, _ = next(iter(scores.values()))
     folder, start, told = place["folder"] / str(seed), f"{place['name']}/{seed}", []
     others = [s for s in (*args.seeds, *args.seeds) if s > seed] or [s for s in args.seeds if s != seed]
-    if first in FIRST_SEED and seed != args.seeds[0] or first == "other" and not others:
+    if first in FIRST_SEED and seed != args.seeds[0] or OTHER in stages and not others:
         return
     needs, ckpts = [f"{start}/pretrain"], [ckpt]
     if ckpt == "ALL":
@@ -400,7 +400,7 @@ def add_entry(nodes, study, entry, place, seed, args, hardware):
         if script == "pretrain.py":
             given = ["--data", place["data"], "--root", place["root"]]
             filled_in = filled(place["pretrain"] | changes, place, args)
-        if changes.get("ckpt") == "OTHER":                   # the pretrained model of the next seed
+        if changes.get("ckpt") == "OTHER":
             needs = [*needs, f"{place['name']}/{others[0]}/pretrain"]
             filled_in["ckpt"] = place["folder"] / str(others[0]) / "pretrained.pt"
         told += as_flags(changes)
