@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -401,6 +402,16 @@ def test_bad_test_sets(small, tmp_path):
                         (("--data", "toy", "roadanomaly", "--panels", "0.png"), "--panels")):
         told = refused(small, tmp_path, *flags, code=2)
         assert "error: argument" in told and (part in told or "--operating-point" in told)
+
+
+def test_thresholds_of_labels_without_classes(toy_root):
+    """They come from f's own validation images, in the folder of --train-root where that has moved."""
+    scenes = SimpleNamespace(classes=(), data="roadanomaly")
+    checkpoint = dict(data="toy", root="/nowhere", anomaly=None)
+    found = evaluate.validation_scenes(scenes, checkpoint, str(toy_root))
+    assert (found.split, len(found)) == ("val", len(common.Scenes("toy", toy_root, "val"))) and len(found)
+    with pytest.raises(common.InputError, match="nowhere.*--train-root"):
+        evaluate.validation_scenes(scenes, checkpoint)
 
 
 # ─────────────────────────────────────────── the script, as it is run ───────────────────────────────────────────

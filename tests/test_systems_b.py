@@ -596,9 +596,15 @@ def test_tradi_and_pans_scripts(small, once):
 
 def test_every_rank_count_gives_the_same_numbers(small, once):
     flags = ("--ckpt", "once.pt", "--tradi", 2, "--bn-images", 4, "--score", "msp", "knn", "cknn", "cosine",
-             "--knn-images", 4, "--knn-vectors", 100)
+             "--knn-images", 4, "--knn-vectors", 100, "--baseline", "once.pt")
     run_ok("evaluate.py", *flags, "--out", "r_one", folder=small)
     run_ranks("evaluate.py", *flags, "--out", "r_two", folder=small)
     one, two = (json.loads((small / name / "results.json").read_text()) for name in ("r_one", "r_two"))
     assert one == two and one["protocol"]["tradi"]["samples"] == 2 and one["protocol"]["knn"]["vectors_at_most"] == 100
-    assert len({row["pooled"]["aupr"] for row in one["rows"]}) == 4
+    samples, f = ([row["pooled"]["aupr"] for row in one["rows"] if row["model"] == name]
+                  for name in ("once TRADI", "once"))
+    assert len(set(samples)) == len(set(f)) == 4 and not set(samples) & set(f)
+    for more, told in ((("--tradi", 2, "--score", "dicnet", "--student", "s.pt"), "--tradi: --score dicnet"),
+                       (("--bn-images", 4), "--bn-images: without effect")):
+        done = run("evaluate.py", "--ckpt", "once.pt", *more, folder=small)
+        assert done.code == 2 and told in done.err
