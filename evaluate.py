@@ -142,6 +142,8 @@ def checked(p, args):
             (len(args.components or [0, 0]) != 2, "--components: expected no number, or two"),
             ((args.operating_point or 0) >= 1, "--operating-point: expected a share below 1, such as 0.95"),
             (folders not in (0, sets), f"--root: {folders} for {sets} data sets; expected one for each"),
+            (args.images and (len(args.score) > 1 or args.size or args.tta is not None),
+             "--images: goes with one --score, and without --size and --tta"),
             (sets > 1 and not args.panels[0].isdecimal(), "--panels: expected a number beside several --data")):
         if wrong:
             p.error(f"argument {told}")

@@ -359,7 +359,9 @@ def test_values_out_of_range(tmp_path):
                            ("finetune.py", "--lr", "0"), ("mgu_generate.py", "--step-size", "inf"),
                            ("mgu_generate.py", "--step-size", "0"), ("pretrain.py", "--data", "kitti"),
                            ("pretrain.py", "--crop", "64"), ("pretrain.py", "--scale", "2", "0.5"),
-                           ("evaluate.py", "--score", "magic")):
+                           ("evaluate.py", "--score", "magic"),
+                           ("evaluate.py", "--images", "a.jpg", "--score", "msp", "entropy"),
+                           ("evaluate.py", "--images", "a.jpg", "--tta")):
         done = run(script, *wrong, folder=tmp_path)
         assert done.code == 2 and wrong[0] in done.err and "Traceback" not in done.err, done.err
 
