@@ -465,8 +465,8 @@ def pasted_data(args, checkpoint, root):
 # data: the samples come to lie at the border (Lee et al., ICLR 2018).
 
 def flow_data(args, checkpoint, root):
-    """(the training images, what they are). Makes of --flow-steps whole epochs and adds them to args.epochs, over all of
-    which a --schedule poly falls."""
+    """(the training images, what they are). Makes of --flow-steps whole epochs and adds them to args.epochs, over all
+    of which a --schedule poly falls."""
     data = pretrain.training_scenes(args, checkpoint, root)
     n_steps = len(data) // min(args.batch_size, len(data))
     first = -(-args.flow_steps // n_steps)
