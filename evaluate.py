@@ -674,9 +674,9 @@ def load_models(args, device):
                                     f"and {len(classes)}; expected the same")
     for path, (f, checkpoint) in loaded.items():
         f.origin = path, checkpoint                      # where its training images lie, and who it is
+    fs = [loaded[path][0].to(device).requires_grad_(False) for path in paths]
     n = len(args.ckpt)
-    models = {"+".join(names[:n]): [loaded[p][0].to(device).requires_grad_(False) for p in args.ckpt],
-              **{name: [loaded[p][0].to(device).requires_grad_(False)] for name, p in zip(names[n:], args.baseline)}}
+    models = {"+".join(names[:n]): fs[:n], **{name: [f] for name, f in zip(names[n:], fs[n:])}}
     if args.tradi:
         models[next(iter(models))] = [f for p in args.ckpt for f in tradi_samples(p, loaded[p][1], args, device)]
     return models, {path: checkpoint for path, (_, checkpoint) in loaded.items()}

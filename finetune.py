@@ -15,7 +15,7 @@ Read beside the paper: AuxiliarySet.__getitem__ (X', Z, D_s) → finetune → pr
 common.objective (Eq. 5). What stands behind stage 3 does not touch this path.
 
 Controls, which the paper lacks: what does the direction of MGU add, and what its size? With the same D_s, loss and
-steps (but for clean, without D_s, and --any-model, with the other model's), and X wherever D_s is not:
+steps (but for clean, without D_s, and --any-model, with the other model's); the first four have X wherever D_s is not:
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
     --images sign      every value of X' − X with a random sign: its size and place without its direction
     --images still     X, with the same D_s: the place alone

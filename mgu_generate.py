@@ -499,7 +499,7 @@ def report(table, ascent=False):
               f"{v['rms']:6.2f} {v['kilobytes']:6.0f}")
     poor = [n for n, v in table.items() if v["flip_rate"] < 99]
     if ascent:
-        print(f"--ascent: f still calls {100 - table['all']['flip_rate']:.1f} % of these pixels what they are")
+        print(f"--ascent: f still calls {100 - table['all']['flip_rate']:.1f} % of what it had right on X what it is")
     elif poor:
         print(f"below 99 % flipped: {', '.join(poor)}; raise --max-steps or --step-size")
 
