@@ -382,6 +382,21 @@ def test_table_of_real_unknowns(numbers):
     assert tables.number(tables.load(numbers), "photographs camvid msp ra pooled aupr") == "not run"
 
 
+def test_table_of_alarms(numbers):
+    rows = [dict(trained_on="camvid", row=row, seed=seed, data=data, known=known, anomalous=known + 30)
+            for row, data, seed, known in (("recipe", "folder", 0, 8), ("recipe", "folder", 1, 10),
+                                           ("msp", "roadanomaly", 0, 11.04), ("msp", "folder", 0, 6))]
+    (numbers / "alarms.json").write_text(json.dumps(dict(rows=rows)))
+    tests = tables.load(numbers)
+    assert tables.table(tests, "alarms camvid").splitlines()[2:] == [
+        "| MSP | 1 | 6.0 / 36.0 | 11.0 / 41.0 |", "| **MGU + AaFt**, the recipe | 2 | 9.0±1.4 / 39.0±1.4 | not run / not run |"]
+    assert tables.number(tests, "alarms camvid recipe folder anomalous") == "39.0"
+    assert tables.number(tests, "alarms camvid msp roadanomaly known 2") == "11.04"
+    assert tables.number(tests, "alarms camvid recipe roadanomaly known") == "not run"
+    (numbers / "alarms.json").unlink()
+    assert tables.table(tables.load(numbers), "alarms camvid") == "not run\n"
+
+
 def test_bootstrap_against_the_normal_case():
     """One seed, a constant reference: the mean of 400 independent images has its textbook interval."""
     rng = np.random.default_rng(0)

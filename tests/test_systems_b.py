@@ -450,6 +450,22 @@ def test_layers_agree_with_the_score(small, tmp_path):
     assert done.code == 1 and "none.pt" in done.err and done.err.count("\n") == 1, done.err
 
 
+def test_alarms_agree_with_the_operating_point(small, tmp_path):
+    script, out, toy = "tests/results/alarms.py", tmp_path / "alarms.json", small / "toy"
+    run_ok(script, small / "pretrained.pt", "--data", "toy", "--root", toy, "--size", 54, 96, "--out", out,
+           folder=tmp_path)
+    row, = json.loads(out.read_text())["rows"]
+    run_ok("evaluate.py", "--ckpt", small / "pretrained.pt", "--root", toy, "--operating-point", 0.95, "--unlabeled",
+           "other", "--panels", 0, folder=tmp_path)
+    found = json.loads((tmp_path / "results/results.json").read_text())["rows"][0]["operating_point"]
+    assert (row["trained_on"], row["row"], row["data"]) == ("toy", "msp", "toy")
+    assert row["known"] == pytest.approx(found["fpr"], abs=0.02)
+    assert row["anomalous"] == pytest.approx(found["recall"], abs=0.02) and row["anomalous"] > 0
+    done = run(script, tmp_path / "none.pt", "--data", "toy", "--root", toy, "--out", tmp_path / "no.json",
+               folder=tmp_path)
+    assert done.code == 1 and "none.pt" in done.err and done.err.count("\n") == 1, done.err
+
+
 # ─────────────────────────────────────────────────── TRADI ───────────────────────────────────────────────────
 
 def test_the_gains_follow_the_recursion_and_settle():

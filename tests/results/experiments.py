@@ -223,6 +223,8 @@ CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise"
 CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far", "other": "MGU of another model, with its D_s"}
 KNN_LAYER = {"knn-layer": 16}     # the layer that layers.py found best on CamVid's choosing images
 RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
+EARLY = ("pretrain.py", "early.pt", {"epochs": "EPOCHS"})
+DEEPLAB = ("pretrain.py", "deeplab.pt", {"arch": "deeplabv3"})
 REAL_ROWS = [
     ("pretrained.pt", [], {"knn-vectors": 20_000}, SYSTEMS[0][3]),
     ("pretrained.pt", [], KNN_LAYER, {
@@ -242,7 +244,20 @@ REAL_ROWS = [
     one_row("augmented", "X augmented before MGU", ("mgu_generate.py", "auxiliary_augmented", {"augment": ()})),
     one_row("kl0.05", "L_KL, α = 0.05", alpha=0.05),
     one_row("kl0.1", "L_KL, α = 0.1", alpha=0.1),
-    one_row("frozen", "frozen batch norm", bn="frozen")]
+    one_row("frozen", "frozen batch norm", bn="frozen"),
+    ("early.pt", [EARLY], {}, {"msp": ("early", "f of 12 epochs, not 30 (IDD Lite: 2, not 6), MSP")}),
+    ("early_recipe.pt", tuned("early_recipe", before=[EARLY, ("mgu_generate.py", "auxiliary_early",
+                                                              {"ckpt": "early.pt"})],
+                              ckpt="early.pt", aux="auxiliary_early"), {}, {
+        "msp": ("early_recipe", "the same f, MGU + AaFt")}),
+    # the baselines of Table II (the ensemble is among the systems), and the paper's network: `fpn` has no dropout
+    ("deeplab.pt", [DEEPLAB], {}, {
+        "msp": ("deeplab", "DeepLabv3, MSP"), "dropout": ("deeplab_dropout", "DeepLabv3, MC-dropout, 10 passes")}),
+    ("deeplab_recipe.pt", tuned("deeplab_recipe", before=[DEEPLAB, ("mgu_generate.py", "auxiliary_deeplab",
+                                                                    {"ckpt": "deeplab.pt"})],
+                                ckpt="deeplab.pt", aux="auxiliary_deeplab"), {}, {
+        "msp": ("deeplab_recipe", "DeepLabv3, MGU + AaFt")}),
+    ("pretrained.pt", [], {}, {"crf": ("crf", "MSP after the dense CRF")})]
 # a control of another size of the loss: each is to be compared at its best
 REAL_ALPHAS = [one_row("kl1", "L_KL, α = 1", alpha=1)] + [
     one_row(f"{name}_{alpha}", f"control: {CONTROL_LABELS[name]}, α = {alpha}", alpha=alpha, **flags)

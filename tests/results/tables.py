@@ -10,6 +10,7 @@
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
     <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled; of systems one row each
     <!-- table layers camvid -->…<!-- /table -->           what layers.py found (layers.json)
+    <!-- table alarms camvid -->…<!-- /table -->           what alarms.py found (alarms.json)
     <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
                                                            or objects
     <!-- table real idd_lite per_image -->…<!-- /table --> the study real (or realchoice): AUPR over MSP's with an
@@ -22,7 +23,8 @@ A number is named by its test set, its row, pooled, per_image or miou, the metri
 if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean; factor-by-seed, gain-by-seed; least:
 of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 in
 points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
-protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json. What the files do not hold is "not run".
+protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json, `alarms camvid recipe roadanomaly known`
+of alarms.json. What the files do not hold is "not run".
 """
 import functools
 import json
@@ -63,7 +65,7 @@ def load(folder=HERE):
                         for (n, _), r in test["rows"].items() if n == row_name}
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
-    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers")]
+    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers", "alarms")]
     return tests | {path.stem: json.loads(path.read_text()) for path in others if path.exists()}
 
 
@@ -145,6 +147,9 @@ def number(tests, words):
         trained_on, score, data, *of = words[1:]
         row, = (r for r in test[trained_on]["evaluation"]["rows"] if (r["data"], r["score"]) == (data, score))
         return mean([row[of[0]][of[1]]], form)
+    if words[0] == "alarms":
+        return mean([r[words[4]] for r in test["rows"] if [r[k] for k in ("trained_on", "row", "data")] == words[1:4]],
+                    f"{{:.{1 if digits is None else digits}f}}")
     if words[1] == "mgu" and len(words) == 4:
         return mean([m[words[3]] for m in test["mgu"] if m["set"] == words[2]], form)
     if len(words) == 2 and words[1] in test["protocol"]:
@@ -339,8 +344,24 @@ def layers(data, rows):
         for key, seeds in found.items()])
 
 
+def alarms(trained_on, rows):
+    """alarms.json: known / anomalous pixels that are flagged, in %, mean ± deviation over the seeds."""
+    rows, lines = [row for row in rows if row["trained_on"] == trained_on], []
+    data = [name for name in ("folder", *experiments.PHOTOGRAPHS) if name in {row["data"] for row in rows}]
+    for name, label, *_ in experiments.STUDIES["real"]:
+        of = [row for row in rows if row["row"] == name]
+        if of:
+            lines.append([label, str(len({row["seed"] for row in of})), *(
+                " / ".join(mean_sd([row[k] for row in of if row["data"] == d], 1) for k in ("known", "anomalous"))
+                for d in data)])
+    return lines_of(["% of known / of anomalous pixels flagged", "seeds",
+                     *(name.replace("folder", "pasted") for name in data)], lines)
+
+
 def table(tests, words):
     kind, name, *more = words.split()
+    if kind == "alarms":
+        return alarms(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "layers":
         return layers(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "choice":
