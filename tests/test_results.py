@@ -389,7 +389,8 @@ def test_table_of_alarms(numbers):
     (numbers / "alarms.json").write_text(json.dumps(dict(rows=rows)))
     tests = tables.load(numbers)
     assert tables.table(tests, "alarms camvid").splitlines()[2:] == [
-        "| MSP | 1 | 6.0 / 36.0 | 11.0 / 41.0 |", "| **MGU + AaFt**, the recipe | 2 | 9.0±1.4 / 39.0±1.4 | not run / not run |"]
+        "| MSP | 1 | 6.0 / 36.0 | 11.0 / 41.0 |",
+        "| **MGU + AaFt**, the recipe | 2 | 9.0±1.4 / 39.0±1.4 | not run / not run |"]
     assert tables.number(tests, "alarms camvid recipe folder anomalous") == "39.0"
     assert tables.number(tests, "alarms camvid msp roadanomaly known 2") == "11.04"
     assert tables.number(tests, "alarms camvid recipe roadanomaly known") == "not run"
