@@ -490,7 +490,8 @@ def segmentation_metrics(matrix, classes):
 #                    folders are there. Two more keys beside the ends: "common" is a regular expression, whose first
 #                    match in the path without end and suffix is the common part (files without one are left out);
 #                    "spare_images": true leaves out images without a label
-#   hold_out         share of the images, at the end of each drive, that validate in place of `val`
+#   hold_out         share of the images, at the end of each drive, that validate: where there is no `val`, or classes
+#                    are the anomaly (then in place of `val`)
 #   unlabeled        classes that "--unlabeled ignore" leaves out of the evaluation
 #   objects          [pixels of the smallest object, of the smallest prediction] that evaluate.py --components counts
 #   counts           number of images of each split, for a warning
@@ -732,7 +733,7 @@ def dataset_classes(data, anomaly=None, root=None):
     Raises InputError where fewer than two classes are left, and for an --anomaly that cannot be."""
     spec = dataset_spec(data, root)
     if anomaly and spec.get("anomaly"):
-        others = " and ".join(d for d in DATASETS if "anomaly_classes" in DATASETS[d])
+        others = ", ".join(d for d in DATASETS if DATASETS[d].get("classes") and not DATASETS[d].get("anomaly"))
         raise InputError(f"--anomaly: {data} has its own anomaly class; only {others} take other ones, and a folder "
                          "whose dataset.json has no anomaly")
     anomaly = [] if list(anomaly or ()) == ["none"] else anomaly or spec.get("anomaly_classes", [])
@@ -857,6 +858,8 @@ def split_pairs(data, root, split, anomaly=None):
     """[(image path, label path)] of one split, sorted. Raises InputError where the data set has no such split, or an
     empty one."""
     spec, (names, lut) = dataset_spec(data, root), dataset_classes(data, anomaly, root)
+    if data == "folder":
+        check_overlap(spec)
     recipe = len(names) < len(spec["classes"])
     hold_out = spec.get("hold_out") if recipe or "val" not in spec["splits"] else None
     if recipe:
@@ -873,7 +876,8 @@ def split_pairs(data, root, split, anomaly=None):
     if split not in pairs:
         there = ", ".join(s for s in SPLITS if s in spec["splits"])
         raise InputError(f"{Path(root, 'dataset.json') if data == 'folder' else root}: splits: {data} has no {split} "
-                         f"split{' without an anomaly' * (not recipe)}; expected one of {there}")
+                         f"split{' without an anomaly' * (split == 'test' and not spec.get('anomaly'))}; "
+                         f"expected one of {there}")
     if not pairs[split]:
         raise layout_error(spec, f"the {split} split is empty")
     expected = not anomaly and spec.get("counts", {}).get(split)
@@ -882,14 +886,25 @@ def split_pairs(data, root, split, anomaly=None):
     return pairs[split]
 
 
+def check_overlap(spec):
+    """InputError for an image that dataset.json names twice: a folder may lie in another. `val` and `test` may share."""
+    stands = {}
+    for split in [s for s in SPLITS if s in spec["splits"] and not missing_folders(spec, (s,))]:
+        for image, _ in pair_up(spec, split):
+            if (stands.get(image), split) not in ((None, split), ("val", "test")):
+                raise InputError(f"{spec['root'] / 'dataset.json'}: {image} is in {stands[image]} and in {split}; "
+                                 "expected every image once")
+            stands[image] = split
+
+
 def anomaly_split(spec, lut, hold_out):
     """BDD-Anomaly's recipe (CAOS): every image with an anomalous pixel, of any split, is a test image; the others stay
     where they are, or the ends of their drives validate. {split: pairs}."""
     found = list_pairs(spec)
-    everything = [p for pairs in found.values() for p in pairs]
+    everything = list(dict.fromkeys(p for pairs in found.values() for p in pairs))
     labels = [label for _, label in everything]
     counts = id_histograms(labels)
-    check_ids(spec["data"], lut, counts, labels)
+    check_ids(spec, lut, counts, labels)
     test = (counts[:, lut == ANOMALY].sum(1) > 0).tolist()
     rest = [p for p, t in zip(everything, test) if not t]
     held_out = ends_of_drives(rest, hold_out) if hold_out else {*found.get("val", ())}
@@ -902,7 +917,7 @@ def ends_of_drives(pairs, share):
 
     ASSUMPTION: a drive is what the image's name has before its first _ (CamVid), or its folder where it has none."""
     drives = {}
-    for pair in sorted(pairs, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p[0].name)]):
+    for pair in sorted(pairs, key=lambda p: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", p[0].name)]):
         start, _, rest = pair[0].name.partition("_")
         drives.setdefault(start if rest else pair[0].parent, []).append(pair)
     return {p for drive in drives.values() for p in drive[math.ceil(round((1 - share) * len(drive), 6)):]}
@@ -929,13 +944,13 @@ def id_histograms(labels):
     return counts
 
 
-def check_ids(data, lut, counts, labels):
+def check_ids(spec, lut, counts, labels):
     """InputError for the first label file that holds an id outside the dataset's. counts (n, 256)."""
     bad = (counts > 0) & (lut == FOREIGN)
     if bad.any():
         i = int(bad.any(1).argmax())
         raise InputError(f"{labels[i]}: holds id {int(bad[i].argmax())}; expected "
-                         f"{', '.join(map(str, np.flatnonzero(lut != FOREIGN)))} ({DATASETS[data]['source']})")
+                         f"{', '.join(map(str, np.flatnonzero(lut != FOREIGN)))} ({spec['source']})")
 
 
 def read_image(path):
@@ -1016,7 +1031,7 @@ class Scenes(torch.utils.data.Dataset):
                              f"{image.shape[1]}×{image.shape[0]}; expected the same size")
         label = self.lut[ids]
         if (label == FOREIGN).any():
-            check_ids(self.data, self.lut, np.bincount(ids.ravel(), minlength=256)[None], [self.pairs[i][1]])
+            check_ids(self.spec, self.lut, np.bincount(ids.ravel(), minlength=256)[None], [self.pairs[i][1]])
         return image, label
 
     def __getitem__(self, i):
@@ -1067,6 +1082,8 @@ def replacing(path):
 
     Where `path` is a symbolic link, its target is replaced. Raises InputError where the disk is full."""
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file; expected another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -1453,6 +1470,8 @@ def cli(main):
     except torch.cuda.OutOfMemoryError:
         fail("error: out of GPU memory: lower --batch-size (mgu_generate) or --micro-batch (training), "
              "or use smaller images")
+    except MemoryError as e:
+        fail(f"error: out of memory ({e or 'MemoryError'}): use smaller images, crops or batches")
     except (InputError, OSError) as e:
         # An error inside a loader process arrives with that process's traceback: its last part is ours
         fail(f"error: {str(e).strip().rpartition('common.InputError: ')[2] or type(e).__name__}")
@@ -1462,6 +1481,8 @@ def cli(main):
         if ended:   # it interrupts whatever runs; torch.save puts an error of its own before it
             fail(f"error: {ended.splitlines()[0]}: a loader process ended, most likely for want of memory: "
                  "lower --workers or --batch-size, or give the container more shared memory")
+        if "DefaultCPUAllocator" in str(e):
+            fail("error: out of memory: use smaller images, crops or batches")
         if torch.distributed.is_initialized() and re.search("(closed|reset) by peer|NCCL|connection was", str(e), re.I):
             fail(f"error: process {rank()} stopped, most likely because another one did ({first_line[:200]})")
         raise

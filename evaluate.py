@@ -33,6 +33,7 @@ main
 """
 import argparse
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -110,8 +111,8 @@ def parse():
                    choices=tuple(SCORES),
                    help="one or several: msp is the paper's (Eq. 2); dropout and crf are baselines of Table II, "
                    "outlier, outlier_msp and hybrid of a model with an outlier head (default: msp)")
-    g.add_argument("--passes", type=common.whole(2), default=10, help="forward passes of --score dropout (ours: 10)")
-    g.add_argument("--crf-iterations", type=common.whole(), default=10,
+    g.add_argument("--passes", type=common.whole(2), help="forward passes of --score dropout (ours: 10)")
+    g.add_argument("--crf-iterations", type=common.whole(),
                    help="mean-field iterations of --score crf (CAOS: 100; ours: 10)")
     g.add_argument("--seed", type=common.whole(0), default=0, help="seed of the dropout masks, of kNN's references and "
                    "of TRADI's samples (default: 0)")
@@ -122,7 +123,7 @@ def parse():
                    "5.png or t5/5.png (default: 4; 0 for none)")
     g.add_argument("--images", nargs="+", metavar="PATH",
                    help="photographs or folders of them: no metrics, overlays at their own size")
-    g.add_argument("--max-side", type=common.whole(32), default=1280,
+    g.add_argument("--max-side", type=common.whole(32),
                    help="photographs: pixels of the longer side as f sees it (ours: 1280)")
     g = p.add_argument_group("hardware")
     g.add_argument("--batch-size", type=common.whole(), default=8,
@@ -132,21 +133,30 @@ def parse():
     return checked(p, p.parse_args())
 
 
+WITHOUT_IMAGES = ("baseline", "data", "root", "split", "unlabeled", "ignore_classes", "per_image", "components", "open",
+                  "operating_point", "panels")   # flags that say something of labels, or of figures beside them
+
+
 def checked(p, args):
     """args, with `views`; ends with a usage message where flags do not go together."""
     if len(args.size or ()) == 2 and not any(n % 1 for n in args.size):
         args.size = [int(n) for n in args.size]
     size, folders, sets = args.size or [1], len(args.root or ()), len(args.data or [0])
+    useless = [f"--{name.replace('_', '-')}" for name in WITHOUT_IMAGES if getattr(args, name) != p.get_default(name)]
     for wrong, told in (
-            (len(size) > 2 or len(size) == 2 and any(n % 1 for n in size), "--size: expected H W or a factor"),
+            (len(size) > 2 or len(size) == 2 and any(n % 1 for n in size) or len(size) == 1 and size[0] > 16,
+             "--size: expected H W, or a factor of at most 16"),
             (len(args.components or [0, 0]) != 2, "--components: expected no number, or two"),
             ((args.operating_point or 0) >= 1, "--operating-point: expected a share below 1, such as 0.95"),
             (folders not in (0, sets), f"--root: {folders} for {sets} data sets; expected one for each"),
             (args.images and (len(args.score) > 1 or args.size or args.tta is not None),
              "--images: goes with one --score, and without --size and --tta"),
+            (args.images and useless, f"--images: goes without {', '.join(useless)}"),
+            (args.max_side and not args.images, "--max-side: without effect; it is for --images"),
             (sets > 1 and not args.panels[0].isdecimal(), "--panels: expected a number beside several --data")):
         if wrong:
             p.error(f"argument {told}")
+    args.score, args.max_side = list(dict.fromkeys(args.score)), args.max_side or 1280
     # The views that f has of an image: (H and W or a factor, scale, mirrored)
     args.views = [(size, scale, flip) for scale in args.tta or [1]
                   for flip in ((False,) if args.tta is None else (False, True))]
@@ -194,15 +204,18 @@ def mean_softmax(logits):
     return torch.stack([common.log_softmax(z) for z in logits]).logsumexp(0) - np.log(len(logits))
 
 
+def dropout_layers(f):
+    return [m for m in f.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
+
+
 def dropout_logits(f, X, passes):
     """MC-dropout (Gal & Ghahramani, ICML 2016): log of the mean softmax over passes with dropout on (B, N, H, W).
 
     Batch norm keeps its averages. Dropout is off again at the end; its masks come from torch's global generator."""
-    drops = [m for m in f.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
-    for m in drops:
+    for m in dropout_layers(f):
         m.train()
     logits = mean_softmax([f(X) for _ in range(passes)])
-    for m in drops:
+    for m in dropout_layers(f):
         m.eval()
     return logits
 
@@ -257,7 +270,13 @@ def make_plain(name, fs, args, device):
 
 
 def make_dropout(name, fs, args, device):
-    """MSP of the mean softmax of passes with dropout, whose masks are a function of --seed and the image."""
+    """MSP of the mean softmax of passes with dropout, whose masks are a function of --seed and the image. Raises
+    InputError for a model without a dropout layer."""
+    for f in fs:
+        if not dropout_layers(f):
+            raise common.InputError(f"{f.origin[0]}: --score dropout: {f.arch} has no dropout; expected a model of "
+                                    "--arch deeplabv3 or pspnet")
+
     def dropout(X, seen, index):
         torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)
         return score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in fs]))
@@ -1010,7 +1029,7 @@ def table_rows(tallies, marked, calibrated, order, classes, args):
                 row["open"] = open_figures(marked[label], score)
             if args.operating_point:
                 t = calibrated[args.operating_point][label][score]
-                row["operating_point"] = dict(threshold=t, delta=delta(score, t),
+                row["operating_point"] = dict(threshold=t, delta=delta(score, t, args.views),
                                               **(tally.histograms[score].rates(t) if t is not None else {}))
             rows.append(row)
     return rows
@@ -1029,9 +1048,11 @@ def open_figures(marked, score):
                 threshold_0=at["open"][1], threshold_1=at["open"][0], threshold_val=at["val"])
 
 
-def delta(score, t):
-    """δ of Eq. 2, max S ≤ δ, for the threshold t of a score that is log(1 − max S); None for another."""
-    return round(1 - math.exp(t), 9) if score in ("msp", "dropout", "crf") and t is not None else None
+def delta(score, t, views):
+    """δ of Eq. 2, max S ≤ δ, for the threshold t of a score that is log(1 − max S); None for another, and for the mean
+    of such a score over views, or resampled."""
+    plain = score in ("msp", "dropout", "crf") and [[*size, *of] for size, *of in views] == [[1, 1, False]]
+    return -math.expm1(t) if plain and t is not None else None
 
 
 def report(tables):
@@ -1087,7 +1108,7 @@ def report_more(rows):
         if having:
             print(f"\n{title}\n{'':{len(having[0][0])}} {' '.join(f'{k:>13}' for k in having[0][1])}")
             for begin, values in having:
-                cells = (cell(v, 13, 5 if k.startswith(("threshold", "delta")) else 2) for k, v in values.items())
+                cells = (cell(v, 13, {"threshold": 5, "delta": 9}.get(k.partition("_")[0], 2)) for k, v in values.items())
                 print(f"{begin} {' '.join(cells)}")
 
 
@@ -1253,7 +1274,8 @@ def find_photographs(paths):
     found = {}
     for given in paths:
         if not os.path.isdir(given):
-            found[given] = Path(given).stem
+            if not own_file(given):
+                found[given] = Path(given).stem
             continue
         for file in sorted(common.walk(given)):
             if not own_file(file):
@@ -1359,7 +1381,13 @@ def photographs(models, classes, args, device, out):
         except common.InputError as e:
             failed[path] = str(e) if str(e).startswith(str(path)) else f"{path}: {e}"
             continue
-        save_overlays(out, stem, pixels, score, predicted, name, N)
+        try:
+            save_overlays(out, stem, pixels, score, predicted, name, N)
+        except OSError as e:
+            if e.errno != errno.ENAMETOOLONG:
+                raise
+            failed[path] = f"{path}: its name is too long for {', '.join(PHOTOGRAPH)} behind it"
+            continue
         seen = np.bincount(predicted.ravel(), minlength=N)
         most = ", ".join(f"{classes[c]} {100 * seen[c] / predicted.size:.0f} %" for c in seen.argsort()[::-1][:3])
         common.say(f"{path}: {pixels.shape[1]}×{pixels.shape[0]}, {name} from {score.min():.3f} to {score.max():.3f}; "
@@ -1413,6 +1441,7 @@ def system_flags(p):
 
 
 SCORE_FLAGS = {   # flag: (the scores that read it, its default, whether they need it)
+    "passes": ("dropout", 10, False), "crf_iterations": ("crf", 10, False),
     "knn_k": ("knn cknn", 3, False), "knn_layer": ("knn cknn", "embedding", False),
     "knn_images": ("knn cknn", 500, False), "knn_vectors": ("knn cknn", 100_000, False),
     "knn_chunk": ("knn cknn", 1024, False), "student": ("dicnet", None, True), "refine": ("maxlogit", None, False),
@@ -1854,6 +1883,8 @@ def main():
     chosen = named_panels(args.panels, next(iter(opened.values())))
     for scenes in opened.values():
         ignored_labels(args, scenes, checkpoints)
+    validation = {name: validation_scenes(scenes, checkpoint, args.train_root) for name, scenes in opened.items()
+                  if args.operating_point or args.open and scenes.classes}
     if common.rank() == 0:
         check_writable(out)
 
@@ -1861,11 +1892,12 @@ def main():
         # Numbers; printed before anything is written
         tables, thresholds = {}, {}
         for name, scenes in opened.items():
-            if args.operating_point or args.open:
-                val = validation_scenes(scenes, checkpoint, args.train_root)
-                if str(val.root) not in thresholds:
-                    thresholds[str(val.root)] = calibrate(models, val, checkpoints, args, device)
-            calibrated = thresholds[str(val.root)] if thresholds else None
+            if name in validation:
+                val = validation[name]
+                key = val.data, str(val.root)
+                if key not in thresholds:
+                    thresholds[key] = calibrate(models, val, checkpoints, args, device)
+            calibrated = thresholds[key] if name in validation else None
             tables[name] = assess(models, scenes, checkpoints, calibrated, args, device)
         if common.rank():
             return

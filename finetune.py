@@ -525,7 +525,7 @@ def chosen_scenes(K, checkpoint, root):
     scenes = KnownUnknown(checkpoint["data"], root, checkpoint["anomaly"], unknown=[])
     labels = [label for _, label in scenes.pairs]
     counts = common.id_histograms(labels)                                                 # (images, 256)
-    common.check_ids(scenes.data, scenes.lut, counts, labels)
+    common.check_ids(scenes.spec, scenes.lut, counts, labels)
     chosen = set()
     for c, name in enumerate(scenes.classes):
         pixels = counts[:, scenes.lut == c].sum(1)

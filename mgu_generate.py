@@ -195,7 +195,7 @@ def choose(scenes, per_class, seed):
     ASSUMPTION: at random among the images that hold the class; one image may serve several classes."""
     labels = [label for _, label in scenes.pairs]
     counts = common.id_histograms(labels)                                # (images, 256)
-    common.check_ids(scenes.data, scenes.lut, counts, labels)
+    common.check_ids(scenes.spec, scenes.lut, counts, labels)
     jobs = []
     for c, name in enumerate(scenes.classes):
         enough = np.flatnonzero(counts[:, scenes.lut == c].sum(1) >= MIN_PIXELS)
@@ -381,7 +381,8 @@ def sheet_row(row, f, X, sample, cmap, device):
     gain = max(1, round(100 / max(typical, 1)))
     row[0].imshow(X)
     row[1].imshow(X_aux)
-    row[1].contour(D_s, [0.5], colors="cyan", linewidths=0.6)
+    if min(D_s.shape) > 1:
+        row[1].contour(D_s, [0.5], colors="cyan", linewidths=0.6)
     row[2].imshow((128 + gain * moved).clip(0, 255).astype(np.uint8))
     for cell, classes in zip(row[3:], (before, after)):
         cell.imshow(classes, cmap=cmap, vmin=-0.5, vmax=cmap.N - 0.5, interpolation="nearest")
@@ -445,14 +446,20 @@ def main():
                        f"{len(missing) / max(made, 1e-9):.2f} images/s), manifest.json, sheets/")
 
 
+# What this script writes, by where it lies below --out: --restart takes nothing else away
+OWN_FILES = {"": r"manifest\.json|\d\d+_[a-z0-9-]*-\d{6,}\.npz", "sheets/": r"\d\d+_[a-z0-9-]*\.png|iterations\.png"}
+
+
 def prepare(out, settings, restart):
     """Make the folder of the set, or check that the one that is there was made with these settings."""
     manifest = out / "manifest.json"
-    if restart:
-        for path in [*out.glob("[0-9][0-9]*_*.npz"), *out.glob("sheets/*.png"), manifest]:
-            path.unlink(missing_ok=True)
-    for path in out.glob(".*.tmp*"):                                     # left by a run that was killed
-        path.unlink()
+    if restart and manifest.exists():
+        manifest_settings(manifest)                                      # refuses what is no set
+    for place, own in OWN_FILES.items():
+        for path in out.glob(f"{place}*"):
+            left = re.fullmatch(r"\.(.+)\.tmp\d+", path.name)               # by a run that was killed
+            if (left or restart) and re.fullmatch(own, left[1] if left else path.name) and path.is_file():
+                path.unlink()
     if manifest.exists():                                                # continue, with the same settings alone
         before = manifest_settings(manifest)
         for name in {**settings, **before}:
@@ -461,7 +468,7 @@ def prepare(out, settings, restart):
                 raise common.InputError(
                     f"{manifest}: this set was made with {name.replace('_', '-')} {before.get(name)}, "
                     f"this run has {value}; pass --restart to replace it, or another --out")
-    elif any(out.glob("*.npz")):
+    elif any(re.fullmatch(OWN_FILES[""], p.name) for p in out.glob("*.npz")):
         raise common.InputError(f"{out}: holds samples but no manifest.json; expected an empty folder: "
                                 "pass --restart or another --out")
     else:
@@ -473,7 +480,7 @@ def manifest_settings(path):
     manifest = common.load_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
         raise common.InputError(f"{path}: holds no settings; expected a file of mgu_generate.py: "
-                                "pass --restart or another --out")
+                                "delete it, or pass another --out")
     return manifest["settings"]
 
 
@@ -497,7 +504,10 @@ def report(table, ascent=False):
         print(f"{name:14} {v['images']:6} {v['iterations_median']:8.0f} {v['iterations_max']:4} "
               f"{v['flip_rate']:12.2f} % {v['unflipped_pixels']:10} {v['mean_max_softmax']:10.3f} {v['linf']:5} "
               f"{v['rms']:6.2f} {v['kilobytes']:6.0f}")
-    poor = [n for n, v in table.items() if v["flip_rate"] < 99]
+    poor = [n for n, v in table.items() if v["flip_rate"] < 99 and v["correct_pixels"]]
+    lost = [n for n, v in table.items() if not v["correct_pixels"]]
+    if lost and not ascent:
+        print(f"f has no pixel right of: {', '.join(lost)}; their D_s is empty")
     if ascent:
         print(f"--ascent: f still calls {100 - table['all']['flip_rate']:.1f} % of what it had right on X what it is")
     elif poor:

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import glob
 import json
 import math
 import os
@@ -48,8 +49,8 @@ def parse():
     g.add_argument("--data", choices=tuple(common.DATASETS), default="toy",
                    help="dataset (paper: streethazards, bdd; folder: your own, with a dataset.json; default: toy)")
     g.add_argument("--root", help="folder of the dataset (default: data/<name>)")
-    g.add_argument("--anomaly", nargs="+", metavar="CLASS", help="camvid, bdd: the classes that are the anomalies, "
-                   "or none (default: bicyclist; train and motorcycle, Sec. IV-A)")
+    g.add_argument("--anomaly", nargs="+", metavar="CLASS", help="camvid, bdd, idd_lite: the classes that are the "
+                   "anomalies, or none (default: bicyclist; train and motorcycle, Sec. IV-A; none)")
     g.add_argument("--cache", metavar="DIR", help="keep a decoded, memory-mapped copy of the training images here "
                    "(default: decode each time)")
     g.add_argument("--crop", type=common.whole(16), nargs=2, metavar=("H", "W"),
@@ -151,10 +152,12 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
     objective = objective or functools.partial(eq5, args)
     run = Run(f, data, args, device, groups)
     with lock(run), contextlib.closing(batches(data, args, run, device)) as loader:
-        if not resume(run, settings):
+        if not resume(run, settings, facts):
             return
         net = prepare(f, args, run, device)
         run.stop = catch_signals()
+        if run.restart:                              # from here on the same command without --restart continues
+            save(run, settings, facts)
         if run.validation_due:                       # the run was stopped between the last step of an epoch and this
             end_epoch(run, validate, val_every)
         bar = common.progress(None, "training", total=run.total, initial=run.t, unit="step")
@@ -185,7 +188,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
                 report(run, batch, bar)
             if due:
                 save(run, settings, facts)
-            if stopped:
+            if stopped and (run.t < run.total or run.validation_due):
                 bar.close()
                 common.say(f"stopped by a signal: {run.out} holds {run.position()}; the same command continues")
                 sys.exit(128 + (run.stop or [signal.SIGTERM])[0])
@@ -222,6 +225,8 @@ class Run:
         self.n_steps = len(data) // self.batch_size                        # steps of an epoch
         self.t, self.total, self.first = 0, args.epochs * self.n_steps, 0  # steps done, of all, of earlier runs
         self.out = Path(args.out)
+        if not self.out.name or self.out.is_dir():
+            raise common.InputError(f"--out {args.out!r}: expected the name of a file, such as pretrained.pt")
         self.log_path = beside(self.out, ".jsonl")
         self.restart, self.device, self.cuda = args.restart, device, device.type == "cuda"
         # ASSUMPTION: a new optimiser in fine-tuning
@@ -250,13 +255,13 @@ def lock(run):
         yield
 
 
-def resume(run, settings):
+def resume(run, settings, facts):
     """Take model, optimiser and position from an earlier run of the same settings. False where it is complete."""
     out = run.out
     twin = beside(out, "" if out.name.endswith(".pt") else ".pt")
     if twin.is_file():
         raise common.InputError(f"{out}: {twin} is there, and both would log to {run.log_path}; expected another --out")
-    for path, begins in ((run.log_path, b"{"), (beside(out, ".png"), b"\x89PNG")):
+    for path, begins in ((run.log_path, b"{"), (beside(out, ".png"), b"\x89PNG"), *[(out, b"PK")] * run.restart):
         if path.is_file() and not begins.startswith(start_of(path, len(begins))):    # a checkpoint, --out x.png?
             raise common.InputError(f"{path}: this run to {out} would replace it, and no earlier one wrote it; "
                                     "expected another --out")
@@ -264,7 +269,12 @@ def resume(run, settings):
         raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
     if out.exists() and not run.restart:
         checkpoint = common.load_checkpoint(out, companion="any")[1]
+        if checkpoint.get("stage", facts["stage"]) != facts["stage"]:
+            raise common.InputError(f"{out}: a checkpoint of stage {checkpoint['stage']}, and this is "
+                                    f"{facts['stage']}; expected another --out")
         epoch, step = adopt(checkpoint, settings, out)
+        if not (epoch >= 0 and 0 <= step <= run.n_steps):
+            raise common.InputError(f"{out}: stands at epoch {epoch}, step {step}; expected up to {run.n_steps} steps")
         if epoch >= run.epochs:
             common.say(f"{out} is complete ({epoch} epochs); --restart starts over")
             return False
@@ -296,12 +306,16 @@ def start_of(path, size):
 def trim_log(run):
     """Drop what was logged after the checkpoint: it is computed again."""
     target = Path(os.path.realpath(run.out))
-    for leftover in target.parent.glob(f".{target.name}.tmp*"):   # of a run that was killed
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.tmp*"):   # of a run that was killed
         leftover.unlink()
     lines = run.log_path.read_text().splitlines() if run.first and run.log_path.exists() else []
-    values = [json.loads(line) for line in lines if line.endswith("}")]   # the last one may be half-written
-    kept = [v for v in values if v["step"] < run.first
-            or (v["step"] == run.first and ("loss" in v or not run.validation_due))]
+    try:
+        values = [json.loads(line) for line in lines if line.endswith("}")]   # the last one may be half-written
+        kept = [v for v in values if v["step"] < run.first
+                or (v["step"] == run.first and ("loss" in v or not run.validation_due))]
+    except (ValueError, KeyError, TypeError):
+        raise common.InputError(f"{run.log_path}: not the log of {run.out}; expected lines of JSON with a step each: "
+                                "delete it to go on without")
     common.write_bytes(run.log_path, "".join(json.dumps(v) + "\n" for v in kept).encode())
 
 
@@ -311,7 +325,7 @@ def adopt(checkpoint, settings, path):
     for name, value in settings.items():
         absent = "linear" if name == "classifier" else None    # before it was a setting
         before, value = plain(checkpoint["settings"].get(name, absent)), plain(value)
-        longer = name == "epochs" and value > before and settings["schedule"] == "constant"
+        longer = name == "epochs" and isinstance(before, int) and value > before and settings["schedule"] == "constant"
         if before != value and not longer:
             raise common.InputError(f"{path}: made with {name.replace('_', '-')} {before}, this run has {value}; "
                                     "pass --restart to start over, or another --out")
@@ -524,7 +538,7 @@ def save(run, settings, facts):
     """Write the checkpoint of position t: model, optimiser and (epoch, step) are the whole state.
 
     Raises InputError where the weights are not finite; the earlier checkpoint stands."""
-    finite = torch.stack([torch.isfinite(p).all() for p in run.f.parameters()]).all()
+    finite = torch.stack([torch.isfinite(v).all() for v in run.f.state_dict().values()]).all()   # averages of norms too
     if not finite:                              # a finite loss can have a step that is not
         epoch, step = divmod(run.t - 1, run.n_steps)
         raise common.InputError(f"the weights are not finite after epoch {epoch}, step {step + 1} (lower --lr?); "
@@ -543,14 +557,14 @@ def save(run, settings, facts):
 def end_epoch(run, validate, val_every):
     """Tell that an epoch has ended, and validate where that is due. A miou of None: no labelled pixel."""
     epoch = run.t // run.n_steps
-    text = f"epoch {epoch}/{run.epochs}"
-    if run.validation_due:
+    text, due = f"epoch {epoch}/{run.epochs}", run.validation_due
+    if due:
         figures = validate(run.f)
         log(run, step=run.t, epoch=epoch, **figures)
         for name, value in figures.items():
             text += f", validation {name} {value:.2f}" if value is not None else ", validation: no labelled pixel"
         run.validation_due = False
-    if epoch % max(1, run.epochs // 50) == 0 or epoch == run.epochs:
+    if due or epoch % max(1, run.epochs // 50) == 0 or epoch == run.epochs:
         common.say(f"{text}, {time.time() - run.started:.0f} s")
 
 
@@ -679,12 +693,14 @@ def decoded_cache(scenes, folder):
     """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
     source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
     folder = Path(folder)
-    listing = [f"{p} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
+    listing = [f"{p.absolute()} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
     # Another root or anomaly: another copy. Another state of the files: in place of the old copy
-    of = f"{scenes.data}-{scenes.split}-{common.digest(str(scenes.root) + scenes.lut.tobytes().hex())[:8]}"
+    root = Path(scenes.root).absolute()
+    of = f"{scenes.data}-{scenes.split}-{common.digest(str(root) + scenes.lut.tobytes().hex())[:8]}"
     paths = [folder / f"{of}-{common.digest(chr(10).join(listing))}-{kind}.npy" for kind in ("images", "labels")]
-    if all(p.exists() for p in paths):
-        return paths
+    with contextlib.suppress(Exception):      # missing or damaged: made again
+        if all(len(np.load(p, "r", allow_pickle=False)) == len(scenes) for p in paths):
+            return paths
     folder.mkdir(parents=True, exist_ok=True)
     # Temporary files of a killed run; a young one may be another run's
     old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]
@@ -817,10 +833,18 @@ def load_backbone(f, weights):
                                 f"{str(e).splitlines()[-1].strip()[:200]}")
 
 
+ARCH_FLAGS = {"width": common.PYRAMIDS, **dict.fromkeys(("attention", "queries", "decoder_layers"), ("mask2former",))}
+
+
 def main():
     args = parse()
     device = common.setup(args.device, tf32=True)
+    given = [name for name in ARCH_FLAGS if getattr(args, name) is not None]
     common.say(common.resolve(args, "pretrain", args.data))
+    for name in given:
+        if args.arch not in ARCH_FLAGS[name]:
+            raise common.InputError(f"--{name.replace('_', '-')}: without effect on --arch {args.arch}; "
+                                    f"it is for {' and '.join(ARCH_FLAGS[name])}")
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
         args.root = common.default_root(args.data, args.root, write=True)

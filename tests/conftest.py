@@ -87,3 +87,13 @@ def predict_every_class(path):
         checkpoint["model"]["classifier.weight"] = weight[:, :, None, None]
         checkpoint["model"]["classifier.bias"] = -weight @ mean
     torch.save(checkpoint, path)
+
+
+def with_dropout(small, to):
+    """Write a checkpoint of the small toy data whose network has dropout: PSPNet of random weights. Returns its path."""
+    import common
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.manual_seed(0)
+    f = common.Segmenter("pspnet", checkpoint["backbone"], len(checkpoint["classes"]), checkpoint["width"])
+    torch.save(dict(checkpoint, arch="pspnet", model=f.state_dict()), to)
+    return to

@@ -131,7 +131,7 @@ def test_other_anomaly_classes():
 
 def test_anomaly_classes_that_are_none():
     refused(lambda: common.dataset_classes("camvid", ["tram"]), "--anomaly tram", "bicyclist")
-    refused(lambda: common.dataset_classes("streethazards", ["car"]), "--anomaly", "bdd and camvid")
+    refused(lambda: common.dataset_classes("streethazards", ["car"]), "--anomaly", "bdd, camvid, idd_lite")
 
 
 def test_class_indices():
@@ -701,6 +701,32 @@ def test_built_in_sets_are_in_the_same_terms(tmp_path, data):
             assert torch.equal(built_in[0]["label"], described[0]["label"])
 
 
+def test_overlapping_splits_are_refused(tmp_path):
+    """A folder in another one, a pair named twice; validation and test images may be the same."""
+    root = own(tmp_path)
+    train, val = (EXAMPLE["splits"][split] for split in ("train", "val"))
+    shared = dict(train, images="photos", labels="masks")
+    for splits in (dict(train=shared, val=val), dict(train=train, val=shared), dict(train=train, val=val, test=shared)):
+        describe(root, splits=splits)
+        for split in ("train", "val"):
+            refused(lambda: common.split_pairs("folder", root, split), "dataset.json: ", "is in train and in",
+                    "expected every image once")
+    pairs = EXAMPLE["splits"]["test"]
+    describe(root, splits=dict(train=train, val=val, test=[*pairs, pairs[0]]))
+    refused(lambda: common.split_pairs("folder", root, "test"), "moose.jpg is in test and in test")
+    describe(root, splits=dict(train=train, val=val, test=val), anomaly=None, anomaly_classes=["person"])
+    assert [stems(common.split_pairs("folder", root, s)) for s in common.SPLITS] == [["0", "0", "1"], ["0"], ["1"]]
+
+
+def test_the_identity_of_a_split(tmp_path):
+    """The same files elsewhere are the same data; a file of another size is not."""
+    one, two = (own(tmp_path / name) for name in ("one", "two"))
+    same = [common.Scenes("folder", root, "train").identity() for root in (one, two)]
+    assert same[0] == same[1]
+    put(two / "photos/train/a/0.png", picture(0)[:, :-1])
+    assert common.Scenes("folder", two, "train").identity() != same[0]
+
+
 def test_what_ids_mean_is_part_of_the_identity(tmp_path):
     root = own(tmp_path)
     before = common.Scenes("folder", root, "train").identity()
@@ -1233,6 +1259,25 @@ def test_decoded_cache_of_another_anomaly(tmp_path):
                         for anomaly in (["pedestrian", "bicyclist"], ["bicyclist"], ["building", "bicyclist"]))
     assert scenes.decode(0)[1][0, :2].tolist() == [3, 8] and other.decode(0)[1][0, :2].tolist() == [2, 7]
     assert len(list((tmp_path / "cache").iterdir())) == 3 * 2, "one took away the copy of another"
+
+
+def test_decoded_cache_of_two_folders_named_alike(tmp_path, monkeypatch):
+    """Runs with one --cache and a relative root, from two folders: neither takes the other's copy away."""
+    scenes = []
+    for place in "ab":
+        streethazards(tmp_path / place / "data")
+        monkeypatch.chdir(tmp_path / place)
+        scenes.append(pretrain.TrainingScenes("streethazards", Path("data"), "train", cache=tmp_path / "cache"))
+    assert all(np.array_equal(s.decode(2)[0], picture(3)) for s in scenes)
+
+
+@pytest.mark.parametrize("damage", (lambda b: b[:-100], lambda b: b[:9], lambda b: b"no array"))
+def test_a_damaged_decoded_cache_is_made_again(tmp_path, damage):
+    root = streethazards(tmp_path / "data")
+    copy = pretrain.TrainingScenes("streethazards", root, "train", cache=tmp_path / "cache").cached[0]
+    copy.write_bytes(damage(copy.read_bytes()))
+    again = pretrain.TrainingScenes("streethazards", root, "train", cache=tmp_path / "cache")
+    assert np.array_equal(again.decode(2)[0], picture(3))
 
 
 def test_decoded_cache_of_two_sizes(tmp_path):

@@ -1,5 +1,6 @@
 """The baselines of Table II and the counts behind Fig. 4, against computations written out; the script as it is run."""
 import argparse
+import inspect
 import json
 import math
 import os
@@ -57,6 +58,18 @@ def test_crf_is_mean_field_on_the_window():
     assert np.abs(ours - log_S.exp().numpy()).max() > 0.05   # it did something
 
 
+def test_crf_has_the_constants_of_caos_and_its_iterations():
+    defaults = {k: p.default for k, p in inspect.signature(evaluate.crf_logits).parameters.items()}
+    assert (defaults["sigma_xy"], defaults["sigma_p"], defaults["compat"]) == (10, 13, 10)
+    log_S = common.log_softmax(torch.randn(1, 3, 12, 14))
+    for n in (1, 4):
+        score = evaluate.make_crf("crf", None, argparse.Namespace(crf_iterations=n), "cpu")
+        z = evaluate.crf_logits(log_S, n)
+        expected = (1 - z.double().softmax(1).amax(1)).log()
+        torch.testing.assert_close(score(None, dict(log_S=log_S), 0).double(), expected, atol=1e-4, rtol=0)
+        assert n == 1 or (z - evaluate.crf_logits(log_S, 1)).abs().max() > 1e-3
+
+
 def test_crf_on_an_image_smaller_than_its_window():
     log_S = common.log_softmax(torch.randn(1, 3, 5, 6))
     assert torch.isfinite(evaluate.crf_logits(log_S)).all()
@@ -83,6 +96,46 @@ def test_dropout_is_the_mean_softmax_of_passes_with_dropout_on_and_then_off():
         by_hand = torch.stack([f(X).double().softmax(1) for _ in range(4)])
     assert (by_hand[0] - by_hand[1]).abs().max() > 0.01     # the masks differ
     assert torch.allclose(ours.double(), by_hand.mean(0), atol=1e-6)
+
+
+def test_dropout_masks_are_of_the_image_and_the_seed():
+    torch.manual_seed(3)
+    f, X = Noisy().eval(), torch.rand(1, 3, 6, 8)
+    scores = {seed: evaluate.make_dropout("dropout", [f], argparse.Namespace(seed=seed, passes=2), "cpu")
+              for seed in (0, 1)}
+    with torch.no_grad():
+        first, other, of_seed, again = (scores[seed](X, None, i) for seed, i in ((0, 0), (0, 1), (1, 0), (0, 0)))
+    assert first.equal(again) and not first.equal(other) and not first.equal(of_seed)
+
+
+@pytest.mark.parametrize("arch", common.ARCHS)
+def test_dropout_needs_a_network_with_dropout(arch):
+    f = common.Segmenter(arch, "mobilenet_v3_large", 4, 16)
+    f.origin = "f.pt", {}
+    if arch in ("deeplabv3", "pspnet"):
+        evaluate.make_dropout("dropout", [f], argparse.Namespace(seed=0, passes=2), "cpu")
+    else:
+        with pytest.raises(common.InputError, match=f"f.pt: --score dropout: {arch} has no dropout"):
+            evaluate.make_dropout("dropout", [f], argparse.Namespace(seed=0, passes=2), "cpu")
+
+
+def test_delta_is_of_the_score_that_was_measured():
+    """1 − e^t exactly, below 1 whatever t is; none for a mean over views, at another size, or of another score."""
+    one = [([1], 1, False)]
+    assert evaluate.delta("msp", math.log(0.25), one) == pytest.approx(0.75, rel=1e-12)
+    assert 0 < 1 - evaluate.delta("crf", -30, one) == pytest.approx(math.exp(-30), rel=1e-2)
+    for views in ([([1], 1, False), ([1], 1, True)], [([0.5], 1, False)], [((32, 48), 1, False)], [([1], 2, False)]):
+        assert evaluate.delta("msp", -2, views) is None
+    assert evaluate.delta("energy", -2, one) is None and evaluate.delta("msp", None, one) is None
+
+
+def test_overlays_span_the_range_of_max_S(tmp_path):
+    """S uniform is the brightest colour of the anomaly map, whatever N is; certainty the darkest."""
+    black, N = np.zeros((2, 40, 3), np.uint8), 4
+    score = np.repeat(np.log([1 - 1 / N, 1e-9]), 20)[None].repeat(2, 0)
+    evaluate.save_overlays(tmp_path, "a", black, score, np.zeros((2, 40), np.uint8), "msp", N)
+    got = np.array(Image.open(tmp_path / "a_anomaly.png"))[0, [5, -5]] / 0.6 / 255
+    assert np.abs(got - evaluate.pyplot().get_cmap("viridis")([255, 0])[:, :3]).max() < 0.02
 
 
 def test_ensemble_is_the_mean_softmax_and_the_mean_logit():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+from conftest import with_dropout
 from runner import NO_FIGURES, REPO, finish, lines, run, run_ok, start, wait_for
 
 TRAIN = ("pretrain.py", "--epochs", 1, "--batch-size", 2, "--crop", 32, 48)
@@ -235,7 +236,7 @@ def test_any_seed(small, tmp_path):
         run_ok(*TRAIN, "--root", small / "toy", "--seed", seed, "--restart", folder=tmp_path, before=NO_FIGURES)
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1, "--out", "set",
            "--seed", 10**30, folder=tmp_path, before=NO_FIGURES)
-    run_ok("evaluate.py", "--ckpt", small / "pretrained.pt", "--score", "dropout", "--passes", 2, "--seed", 10**30,
+    run_ok("evaluate.py", "--ckpt", with_dropout(small, tmp_path / "d.pt"), "--score", "dropout", "--seed", 10**30,
            "--panels", 0, folder=tmp_path, before=NO_FIGURES)
 
 

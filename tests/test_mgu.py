@@ -335,6 +335,12 @@ def test_choose(toy_root, capsys, monkeypatch, least):
         mine = [i for y, i in every if y == c]
         assert set(mine) == enough and len(mine) == len(enough)
         assert f"{name}: only {len(enough)} training images have {least} pixels of it (100 asked)" in told
+        monkeypatch.setattr(mgu_generate, "MIN_PIXELS", max(pixels))      # at least: exactly so many are enough
+        assert {i for y, i in choose(scenes, 100, 0) if y == c} == {i for i, n in enumerate(pixels) if n == max(pixels)}
+        monkeypatch.setattr(mgu_generate, "MIN_PIXELS", least)
+    orders = [[i for y, i in every if y == c] for c in range(12)]
+    alike = [(a, b) for a in orders for b in orders if a is not b and sorted(a) == sorted(b) and len(a) > 4]
+    assert all(a != b for a, b in alike) and (alike or least == 500), "every class draws anew"
     counts = {len([i for y, i in every if y == c]) for c in range(12)}
     assert least == 64 or len(counts) > 2, "too few images were left out"
     for k in (1, 2, 3):   # more images of each class keep those of fewer
@@ -408,6 +414,36 @@ def test_ahead_keeps_the_order_and_its_distance():
                 got.append(value)
                 assert len(begun) <= len(got) + 5
     assert got == [i * i for i in range(30)]
+
+
+def test_restart_takes_its_own_files_alone(tmp_path):
+    mine = ("03_car-000017.npz", "12_light-pole-1234567.npz", "sheets/03_car.png", "sheets/iterations.png",
+            ".03_car-000017.npz.tmp12", "sheets/.03_car.png.tmp7")
+    other = ("2024_notes.npz", "sheets/mine.png", "iterations.png", ".draft.tmp", ".x.tmpdir/a", "notes.npz")
+    for name in (*mine, *other):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    common.save_json(tmp_path / "manifest.json", dict(format=1, settings=dict(seed=0)))
+    mgu_generate.prepare(tmp_path, dict(seed=0), False)
+    there = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert there == {*mine[:4], *other, "manifest.json"}
+    mgu_generate.prepare(tmp_path, dict(seed=1), True)
+    there = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert there == {*other, "manifest.json"} and common.load_json(tmp_path / "manifest.json")["settings"]["seed"] == 1
+    common.save_json(tmp_path / "manifest.json", dict(name="a web page's"))
+    with pytest.raises(common.InputError, match="holds no settings"):
+        mgu_generate.prepare(tmp_path, dict(seed=1), True)
+    assert common.load_json(tmp_path / "manifest.json") == dict(name="a web page's")
+
+
+def test_figures_of_classes(capsys):
+    """A class of which f had nothing right is not one that more steps would flip."""
+    table = {name: dict(images=1, iterations_median=3, iterations_max=3, flip_rate=rate, unflipped_pixels=0,
+                        mean_max_softmax=0.5, linf=1, rms=1.0, kilobytes=1, correct_pixels=right)
+             for name, rate, right in (("car", 90.0, 100), ("pole", 0.0, 0), ("road", 99.5, 100))}
+    mgu_generate.report(table)
+    said = capsys.readouterr().out
+    assert "below 99 % flipped: car; raise" in said and "f has no pixel right of: pole;" in said
 
 
 def test_a_second_run_and_a_damaged_manifest(small, tmp_path):

@@ -492,6 +492,36 @@ def test_validation_images_with_anomalies_give_a_recall(small, tmp_path):
     assert 80 <= found["recall"] <= 80 + 100 / y.sum() + 0.01
 
 
+def test_thresholds_of_two_data_sets_in_one_folder(small, tmp_path):
+    """Each has the validation images of its own: the threshold that it has alone."""
+    shutil.copytree(small / "toy", tmp_path / "mine")
+    spec = dict(common.DATASETS["toy"], splits={s: common.STREETHAZARDS["splits"]["test"] for s in ("val", "test")})
+    (tmp_path / "mine/dataset.json").write_text(json.dumps(spec))
+    command = ("evaluate.py", "--ckpt", small / "pretrained.pt", "--operating-point", 0.8, "--panels", 0)
+    run_ok(*command, "--data", "toy", "folder", "--root", "mine", "mine", "--out", "both", folder=tmp_path)
+    both = {row["data"]: row["operating_point"] for row in results(tmp_path / "both")["rows"]}
+    for data in both:
+        run_ok(*command, "--data", data, "--root", "mine", "--out", data, folder=tmp_path)
+        assert both[data] == results(tmp_path / data)["rows"][0]["operating_point"]
+    assert both["toy"]["threshold"] != both["folder"]["threshold"]
+
+
+def test_validation_images_are_looked_for_first_and_where_they_are_needed(small, tmp_path):
+    """The checkpoint's data have moved: --open of a set with classes and of one without needs them for neither."""
+    shutil.copytree(small / "toy", tmp_path / "moved")
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, root=str(tmp_path / "gone")), tmp_path / "ft.pt")
+    anomalies(tmp_path / "ra")
+    command = ("evaluate.py", "--data", "toy", "roadanomaly", "--root", "moved", "ra", "--panels", 0)
+    run_ok(*command, "--open", "--score", "msp", "energy", "msp", folder=tmp_path)
+    rows = results(tmp_path / "results")["rows"]
+    assert [(row["data"], row["score"], "open" in row) for row in rows] == [
+        (data, score, data == "toy") for data in ("toy", "roadanomaly") for score in ("msp", "energy")]
+    done = run(*command, "--operating-point", 0.9, folder=tmp_path)
+    assert done.code == 1 and "gone" in done.err and done.err.count("\n") == 1, done.err
+    assert "time: forward" not in done.out, "it evaluated first"
+
+
 def test_unlabeled_other_and_the_base_line(small, tmp_path):
     """Id 4 is left out, background is a negative; a constant score has the mean share of anomalies as its AUPR."""
     shutil.copytree(small / "toy", tmp_path / "toy")

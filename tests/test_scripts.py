@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
 import common
-from conftest import predict_every_class
+from conftest import predict_every_class, with_dropout
 from runner import NO_FIGURES, REPO, run, run_ok, run_ranks, start, wait_for
 
 SCRIPTS = ("pretrain.py", "mgu_generate.py", "finetune.py", "evaluate.py")
@@ -117,7 +117,7 @@ def pipeline(tmp_path_factory, small):
     said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--step-size", 5, "--max-steps", 3, folder=folder))
     said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
     said.append(run_ok("evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit", "energy",
-                       "dropout", "crf", "--passes", 2, "--crf-iterations", 1, "--panels", 2, folder=folder).out)
+                       "crf", "--crf-iterations", 1, "--panels", 2, folder=folder).out)
     return folder, said
 
 
@@ -201,9 +201,10 @@ def test_evaluate_leaves_out_pixels(pipeline, small, tmp_path):
     assert results["protocol"]["ignored_classes"] == ["car"] and not (tmp_path / "results/panels.png").exists()
 
 
-def test_evaluate_is_the_same_however_it_is_split(pipeline, tmp_path):
+def test_evaluate_is_the_same_however_it_is_split(small, tmp_path):
     """torchrun with two processes, batches of 1 and of 7, another number of reading threads: the same bytes."""
-    args = ("--ckpt", pipeline[0] / "ft.pt", "--score", "msp", "energy", "dropout", "--panels", 0)
+    args = ("--ckpt", with_dropout(small, tmp_path / "ft.pt"), "--score", "msp", "energy", "dropout", "--passes", 3,
+            "--panels", 0)
     found = []
     for size, threads in ((1, 1), (7, 3)):
         run_ok("evaluate.py", *args, "--batch-size", size, "--workers", threads, "--out", f"b{size}", folder=tmp_path,
@@ -241,6 +242,37 @@ def test_photographs(pipeline, tmp_path):
             assert is_figure(tmp_path / f"results/{name}_{kind}.png")
         score = np.load(tmp_path / f"results/{name}_score.npy", allow_pickle=False)
         assert score.shape == size[::-1] and np.isfinite(score).all() and score.max() <= np.log(1 - 1 / 12) + 1e-6
+
+
+def test_odd_photographs(pipeline, tmp_path):
+    """A name too long for its results does not stop the others; this script's own results are no photographs."""
+    photo = Image.fromarray(load_sample_images().images[0]).resize((60, 40))
+    for name in ("a" * 245, "z"):
+        photo.save(tmp_path / f"{name}.png")
+    command = "evaluate.py", "--ckpt", pipeline[0] / "ft.pt", "--images"
+    done = run(*command, tmp_path / f"{'a' * 245}.png", tmp_path / "z.png", folder=tmp_path)
+    assert done.code == 1 and "1 of 2 files were not done" in done.err and "its name is too long" in done.err
+    results = {p.name for p in (tmp_path / "results").iterdir()}
+    assert results == {"z_anomaly.png", "z_classes.png", "z_score.npy"}
+    for out in ("results", "other"):      # as of a shell's results/*
+        done = run(*command, tmp_path / "results/z_anomaly.png", "--out", out, folder=tmp_path)
+        assert done.code == 1 and "no photographs" in done.err, done.err
+    assert {p.name for p in (tmp_path / "results").iterdir()} == results
+    assert not list((tmp_path / "other").glob("*.png"))
+
+
+def test_flags_of_another_architecture_are_refused(small, tmp_path):
+    for arch, *flag in (("fpn", "--attention", "global"), ("fpn", "--queries", 7), ("pspnet", "--decoder-layers", 2),
+                        ("deeplabv3", "--width", 64)):
+        done = run("pretrain.py", "--root", small / "toy", "--arch", arch, *flag, folder=tmp_path)
+        assert done.code == 1 and f"{flag[0]}: without effect on --arch {arch}" in done.err, done.err
+    assert not (tmp_path / "pretrained.pt").exists()
+
+
+def test_a_stage_does_not_replace_another(small, pipeline, tmp_path):
+    shutil.copy(pipeline[0] / "ft.pt", tmp_path)
+    done = run("pretrain.py", "--root", small / "toy", "--out", "ft.pt", folder=tmp_path)
+    assert done.code == 1 and "ft.pt: a checkpoint of stage finetune, and this is pretrain" in done.err, done.err
 
 
 def test_known_unknown(small, tmp_path):

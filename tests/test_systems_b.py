@@ -3,12 +3,14 @@ import argparse
 import copy
 import json
 import math
+import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
@@ -461,6 +463,20 @@ def test_alarms_agree_with_the_operating_point(small, tmp_path):
     assert (row["trained_on"], row["row"], row["data"]) == ("toy", "msp", "toy")
     assert row["known"] == pytest.approx(found["fpr"], abs=0.02)
     assert row["anomalous"] == pytest.approx(found["recall"], abs=0.02) and row["anomalous"] > 0
+    shutil.copytree(toy, tmp_path / "mine")          # the same images as a folder: seen at their own size
+    for path in (tmp_path / "mine/test/annotations").rglob("*.png"):
+        ids = np.array(Image.open(path))
+        ids[:9] = 4                                    # without a class: in neither share
+        Image.fromarray(ids).save(path)
+    (tmp_path / "mine/dataset.json").write_text(json.dumps(common.DATASETS["toy"]))
+    run_ok(script, small / "pretrained.pt", "--data", "folder", "--root", tmp_path / "mine", "--size", 32, 48, "--out",
+           out, folder=tmp_path)
+    run_ok("evaluate.py", "--ckpt", small / "pretrained.pt", "--data", "folder", "--root", tmp_path / "mine",
+           "--operating-point", 0.95, "--unlabeled", "other", "--panels", 0, folder=tmp_path)
+    found = json.loads((tmp_path / "results/results.json").read_text())["rows"][0]["operating_point"]
+    row = json.loads(out.read_text())["rows"][0]
+    assert row["data"] == "folder" and row["known"] == pytest.approx(found["fpr"], abs=0.02)
+    assert row["anomalous"] == pytest.approx(found["recall"], abs=0.02)
     done = run(script, tmp_path / "none.pt", "--data", "toy", "--root", toy, "--out", tmp_path / "no.json",
                folder=tmp_path)
     assert done.code == 1 and "none.pt" in done.err and done.err.count("\n") == 1, done.err

@@ -758,7 +758,14 @@ def test_flags_without_effect_are_refused(monkeypatch, capsys):
                        ("--border 0.1", "--border: without effect on --score msp; it is for maskomaly"),
                        ("--synthcp-threshold 0.5", "it is for synthcp"), ("--knn-k 5", "it is for knn cknn"),
                        ("--score synthcp", "--generator: --score synthcp needs it"),
-                       ("--score maxlogit --generator x.pt", "it is for synthcp")):
+                       ("--score maxlogit --generator x.pt", "it is for synthcp"),
+                       ("--passes 5", "--passes: without effect on --score msp"), ("--crf-iterations 3", "is for crf"),
+                       ("--max-side 64", "it is for --images"), ("--size 400", "a factor of at most 16"),
+                       ("--images a.png --open --components --panels 3 --baseline b.pt",
+                        "--images: goes without --baseline, --components, --open, --panels"),
+                       ("--images a.png --data toy --root d --split val --unlabeled ignore --ignore-classes car "
+                        "--per-image --operating-point 0.9", "goes without --data, --root, --split, --unlabeled, "
+                        "--ignore-classes, --per-image, --operating-point")):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *args.split()])
         with pytest.raises(SystemExit):
             evaluate.parse()

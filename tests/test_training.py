@@ -1,6 +1,7 @@
 """The training loop: Eq. 5 whole or in parts, on one process or two; interruptions, other settings, damaged files."""
 import argparse
 import json
+import os
 import pickle
 import re
 import shutil
@@ -162,6 +163,64 @@ def test_a_step_to_weights_that_are_not_finite(tmp_path, signals):
     with pytest.raises(common.InputError, match="weights are not finite after epoch 0, step 1 .*nothing was saved yet"):
         train(Images(6), tmp_path / "f.pt", lr=1e39)
     assert not (tmp_path / "f.pt").exists()
+
+
+def test_averages_that_are_not_finite_are_not_saved(tmp_path, signals, monkeypatch):
+    """Weights and loss are finite, the running variance of batch norm is not: load_checkpoint would refuse the file."""
+    norm = Net.__init__
+    monkeypatch.setattr(Net, "__init__", lambda self: (norm(self), self.layers[1].running_var.fill_(np.inf))[0])
+    with pytest.raises(common.InputError, match="not finite.*nothing was saved"):
+        train(Images(4), tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_a_restart_is_continued_by_the_same_command_without_it(tmp_path, signals, monkeypatch):
+    """Log and checkpoint are of one run from the first step on, not only from the first checkpoint on."""
+    train(Images(4), tmp_path / "a.pt", epochs=2)
+    monkeypatch.setattr(pretrain, "gradient", lambda *_: 1 / 0)          # killed in the first step
+    with pytest.raises(ZeroDivisionError):
+        train(Images(4), tmp_path / "a.pt", epochs=3, restart=True, schedule="poly")
+    kept = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert (kept["epoch"], kept["step"], kept["settings"]["epochs"]) == (0, 0, 3)
+    assert (tmp_path / "a.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("line", ('{"x": 1}', "{bad}", "[1, {}"))
+def test_a_damaged_log(tmp_path, line):
+    log = tmp_path / "a.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
+    run = argparse.Namespace(out=tmp_path / "a.pt", log_path=log, first=2, validation_due=False)
+    with pytest.raises(common.InputError, match="a.jsonl: not the log of"):
+        pretrain.trim_log(run)
+
+
+def test_stopped_in_the_last_step(tmp_path, signals, monkeypatch):
+    """Nothing is left to continue: the run ends as usual, with its figure."""
+    catch = pretrain.catch_signals
+    monkeypatch.setattr(pretrain, "catch_signals", lambda: catch() + [signal.SIGTERM])
+    with pytest.raises(SystemExit):
+        train(Images(4), tmp_path / "two.pt", epochs=2)
+    train(Images(4), tmp_path / "one.pt")
+    assert (tmp_path / "one.png").exists() and not (tmp_path / "two.png").exists()
+
+
+def test_odd_outputs(tmp_path, signals, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("", ".", "/"):
+        with pytest.raises(common.InputError, match="expected the name of a file"):
+            train(Images(4), out)
+    os.mkfifo("pipe")
+    with pytest.raises(common.InputError, match="pipe: not a regular file"):
+        common.write_bytes("pipe", b"a")
+    other = tmp_path / ".run1.pt.tmp999"     # of a run to run1.pt, which is no leftover of a run to run[1].pt
+    other.touch()
+    (tmp_path / ".run[1].pt.tmp7").touch()
+    train(Images(4), "run[1].pt")
+    assert other.exists() and not (tmp_path / ".run[1].pt.tmp7").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(common.InputError, match="notes.txt.*would replace it"):
+        train(Images(4), "notes.txt", restart=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_images_of_different_sizes_are_refused(tmp_path, signals):

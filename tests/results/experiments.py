@@ -224,7 +224,7 @@ CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far", "other": "MGU
 KNN_LAYER = {"knn-layer": 16}     # the layer that layers.py found best on CamVid's choosing images
 RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
 EARLY = ("pretrain.py", "early.pt", {"epochs": "EPOCHS"})
-DEEPLAB = ("pretrain.py", "deeplab.pt", {"arch": "deeplabv3"})
+DEEPLAB = ("pretrain.py", "deeplab.pt", {"arch": "deeplabv3", "width": None})
 REAL_ROWS = [
     ("pretrained.pt", [], {"knn-vectors": 20_000}, SYSTEMS[0][3]),
     ("pretrained.pt", [], KNN_LAYER, {
@@ -451,8 +451,8 @@ def filled(changes, place, args):
 
 
 def as_flags(settings):
-    """{"alpha": 0.3} → ["--alpha", "0.3"]; a tuple is several values, or none."""
-    return [text for name, value in settings.items()
+    """{"alpha": 0.3} → ["--alpha", "0.3"]; a tuple is several values, or none; None takes a flag away."""
+    return [text for name, value in settings.items() if value is not None
             for text in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))]
 
 

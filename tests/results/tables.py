@@ -160,11 +160,11 @@ def number(tests, words):
     pair = how[0] in ("over", "against")
     paired = [["pooled", "aupr"], ["per_image", "aupr"], ["pooled", "fpr95"]][:2 + (how[0] == "against")]
     if len(how) != 1 + pair or pair and of[1:] not in paired or \
-            of[0] not in dict((name, 0) for name, *_ in experiments.STUDIES[test["study"]]) or \
+            of[0] not in {name for name, *_ in experiments.STUDIES[test["study"]]} or \
             of[1:] != ["miou"] and (of[1:2] not in (["pooled"], ["per_image"]) or of[2:] not in [[m] for m in METRICS]):
         raise ValueError(f"<!--= {' '.join(words)}-->: names nothing; expected TEST ROW pooled|per_image METRIC [HOW]")
     values = list(by_seed(test, *of).values())
-    if not values or pair and not by_seed(test, how[1], *of[1:]):
+    if not values or pair and not by_seed(test, *of).keys() & by_seed(test, how[1], *of[1:]).keys():
         return ABSENT
     if how[0] == "against":
         return real_cell(test, of[0], how[1], "fpr95" if of[2] == "fpr95" else of[1]) or ABSENT
