@@ -887,7 +887,7 @@ def split_pairs(data, root, split, anomaly=None):
 
 
 def check_overlap(spec):
-    """InputError for an image that dataset.json names twice: a folder may lie in another. `val` and `test` may share."""
+    """InputError for an image that dataset.json names twice: one folder may lie in another. val and test may share."""
     stands = {}
     for split in [s for s in SPLITS if s in spec["splits"] and not missing_folders(spec, (s,))]:
         for image, _ in pair_up(spec, split):

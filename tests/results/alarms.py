@@ -73,8 +73,8 @@ def main():
                     flagged[k] += (s[mask] > threshold).sum()
                     total[k] += mask.sum()
             if not total.all():
-                raise common.InputError(f"{scenes.root}: {total[0]} known and {total[1]} anomalous pixels; expected some "
-                                        "of both")
+                raise common.InputError(f"{scenes.root}: {total[0]} known and {total[1]} anomalous pixels; "
+                                        "expected some of both")
             known, anomalous = (round(100 * float(n / of), 3) for n, of in zip(flagged, total))
             name = "msp" if Path(path).stem == "pretrained" else Path(path).stem
             row = dict(trained_on=checkpoint["data"], row=name, seed=checkpoint["settings"]["seed"], data=data,
