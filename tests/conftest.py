@@ -90,7 +90,7 @@ def predict_every_class(path):
 
 
 def with_dropout(small, to):
-    """Write a checkpoint of the small toy data whose network has dropout, PSPNet of random weights; returns its path."""
+    """Write a checkpoint of the small toy data whose network has dropout (PSPNet, random weights); returns its path."""
     import common
     checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
     torch.manual_seed(0)
