@@ -1108,8 +1108,8 @@ def report_more(rows):
         if having:
             print(f"\n{title}\n{'':{len(having[0][0])}} {' '.join(f'{k:>13}' for k in having[0][1])}")
             for begin, values in having:
-                digits = {k: {"threshold": 5, "delta": 9}.get(k.partition("_")[0], 2) for k in values}
-            cells = (cell(v, 13, digits[k]) for k, v in values.items())
+                digits = [{"threshold": 5, "delta": 9}.get(k.partition("_")[0], 2) for k in values]
+                cells = (cell(v, 13, n) for v, n in zip(values.values(), digits))
                 print(f"{begin} {' '.join(cells)}")
 
 
