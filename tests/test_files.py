@@ -351,6 +351,17 @@ def test_no_code_of_a_sample_runs(tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("error", (MemoryError("Unable to allocate 2.73 TiB"), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate")))
+def test_memory_of_a_cpu_is_one_line(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as end:
+        common.cli(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1 and said.startswith("error: out of memory")
+
+
 # ─────────────────────────────────────────────── continuing ───────────────────────────────────────────────
 
 SETTINGS = dict(schedule="constant", lr=1e-3, epochs=10, crop=(64, 96), batch_size=8, anomaly=None)
