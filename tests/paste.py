@@ -5,7 +5,8 @@
     python evaluate.py --ckpt ft.pt --data folder --root pasted
 
     in     a split without anomalies; --objects: PNGs with an alpha channel, named CLASS_….png
-    out    images/N.png, labels/N.png (train ids; 255 ignored, 254 anomaly), dataset.json with the one split `test`
+    out    images/N.png, labels/N.png (train ids; 255 ignored, 254 anomaly), dataset.json with the one split `test`;
+           with --known it names no class, and so suits models of other classes
 
 In the manner of Fishyscapes Static (Blum et al., The Fishyscapes Benchmark, IJCV 2021), but for its camera effects
 (motion blur, glow, depth blur). Here:
@@ -126,6 +127,8 @@ def main():
     p.add_argument("--objects", metavar="FOLDER", help="PNGs with alpha, CLASS_….png (default: flower pieces)")
     p.add_argument("--classes", nargs="+", metavar="CLASS", help="of these classes only (default: all)")
     p.add_argument("--seed", type=common.whole(0), default=0, help="which objects, and where (default: 0)")
+    p.add_argument("--known", action="store_true", help="the labels are to tell known from anomalous alone, for models "
+                   "of other classes (default: classes)")
     p.add_argument("--out", required=True, help="folder to write")
     args = p.parse_args()
     out = Path(args.out)
@@ -144,9 +147,10 @@ def main():
         arrays = pasted(image, label, objects, np.random.default_rng([args.seed, i]))
         for kind, array in zip(("images", "labels"), arrays):
             Image.fromarray(array).save(work / kind / f"{i:04d}.png")
+    classes = {name: i for i, name in enumerate(scenes.classes)}
     common.save_json(work / "dataset.json", dict(
-        classes={name: i for i, name in enumerate(scenes.classes)}, ignored=[common.IGNORED], anomaly=[common.ANOMALY],
-        splits={"test": {"images": "images", "labels": "labels"}}))
+        classes={} if args.known else classes, known=list(classes.values()) if args.known else [],
+        ignored=[common.IGNORED], anomaly=[common.ANOMALY], splits={"test": {"images": "images", "labels": "labels"}}))
     work.rename(out)
     common.say(f"wrote {out}: {len(scenes)} images")
 

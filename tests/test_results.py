@@ -105,6 +105,13 @@ def test_paste_script(toy_root, tmp_path):
         for kind in ("images", "labels"):
             a, b = (tmp_path / out / kind / f"{i:04d}.png" for out in "ab")
             assert a.read_bytes() == b.read_bytes()
+    run_ok("tests/paste.py", *flags, "--known", "--out", "known", folder=tmp_path)   # for other classes
+    known = common.Scenes("folder", tmp_path / "known", "test")
+    assert known.classes == []
+    for i in (0, 1):
+        (image, label), (same, named) = known.decode(i), after.decode(i)
+        assert np.array_equal(image, same)
+        assert np.array_equal(label, np.where(named < len(before.classes), common.KNOWN, named))
 
 
 def test_paste_flowers(toy_root):
@@ -191,13 +198,22 @@ def test_real_unknowns_never_mix():
     for study, split in (("real", "test"), ("realchoice", "val")):
         nodes = nodes_of(study, "/r")
         makers = [n for n in nodes if n["script"] == "tests/paste.py"]
-        assert [flag_of(n, "--split")[0] for n in makers] == ["val", split]
+        assert [flag_of(n, "--split")[0] for n in makers] == (["val", split] if study == "real" else ["val"] * 4)
         for n in makers:
             assert flag_of(n, "--classes", len(experiments.HALVES[study])) == list(experiments.HALVES[study])
             assert flag_of(n, "--seed") == [str(int(study == "real"))]
         roots = {path for n in nodes if n["final"] for path in flag_of(n, "--root", 3) if path.startswith("/")}
         assert roots == {f"/r/real_{data}/pasted_{study}" for data in ("idd_lite", "camvid")} | (
-            {str(Path(k).resolve()) for k in ("ra", "ro", "fs")} if study == "real" else set())
+            {str(Path(k).resolve()) for k in ("ra", "ro", "fs")} if study == "real" else
+            {"/r/real_camvid/elsewhere", "/r/real_idd_lite/elsewhere"})
+    elsewhere = {n["folder"].name: flag_of(n, "--data") for n in makers if "--known" in n["flags"]}
+    assert elsewhere == {"real_camvid": ["idd_lite"], "real_idd_lite": ["camvid"]}      # streets that f does not know
+
+
+def test_choosing_elsewhere_needs_both_data_sets():
+    nodes = experiments.graph("realchoice", experiments.parse(
+        ["realchoice", "--camvid", "c", "--cutouts", "o", "--data", "camvid", "--rows", "msp"]))
+    assert [n["makes"].name for n in nodes if n["script"] == "tests/paste.py"] == ["pasted_realchoice"]
 
 
 def test_patches_of_the_test_are_refused(tmp_path, capsys):

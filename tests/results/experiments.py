@@ -191,7 +191,8 @@ SYSTEMS = [
 FIRST_SEED = ("ensemble", "dicnet", "dicnet_fifth", "dicnet_4", "dicnet_16")    # rows of one seed
 # The study on real unknowns: f on two data sets, all classes known. Test images are in-domain, with pasted cut-outs of
 # the test's half of the outdoor classes of COCO, and photographs from elsewhere. `realchoice` looks at validation
-# images with cut-outs of the other half alone. IDD Lite has no labelled test images: its validation images serve both
+# images with cut-outs of the other half alone: those of the data set that f knows, and those of the other one, streets
+# from elsewhere. IDD Lite has no labelled test images: its validation images serve both studies
 PHOTOGRAPHS = ("roadanomaly", "roadobstacle21", "fishyscapes_static")
 SEEN_AT = (352, 512)       # H, W at which f sees a photograph
 HALVES = {"realchoice": ("dog", "elephant", "horse", "cat", "boat", "umbrella", "skateboard"),
@@ -356,24 +357,31 @@ def usual_places(study, args, nodes):
 
 
 def real_places(study, args, nodes):
-    """The training sets of the study on real unknowns; the in-domain images, which are made here; the photographs."""
+    """The training sets of the study on real unknowns; images with cut-outs, which are made here; the photographs."""
     places, photographs = [], [] if study == "realchoice" else [k for k in PHOTOGRAPHS if getattr(args, k)]
-    for data in args.data:
-        root = Path(args.idd if data == "idd_lite" else args.camvid).resolve()
-        folder, pasted = Path(args.folder).resolve() / f"real_{data}", f"pasted_{study}"
-        made = add(nodes, f"real_{data}/{pasted}", "tests/paste.py",
-                   ["--data", data, "--root", root, *REAL_DATA[data]["anomaly"], "--split",
+    roots = {data: Path(root).resolve() for data, root in (("idd_lite", args.idd), ("camvid", args.camvid)) if root}
+
+    def pasted(data, folder, out, *flags):
+        return add(nodes, f"{folder.name}/{out}", "tests/paste.py",
+                   ["--data", data, "--root", roots[data], *REAL_DATA[data]["anomaly"], "--split",
                     REAL_DATA[data]["split"][study], "--objects", Path(args.cutouts).resolve(), "--classes",
-                    *HALVES[study], "--seed", list(HALVES).index(study), "--out", pasted], folder, [], pasted)
-        calls = [dict(name="pasted", flags=["--data", "folder", "--root", folder / pasted, "--per-image"], needs=[made],
-                      tests={None: f"{data}_{'choosing' if study == 'realchoice' else 'pasted'}"})]
+                    *HALVES[study], "--seed", list(HALVES).index(study), *flags, "--out", out], folder, [], out)
+
+    for data in args.data:
+        folder = Path(args.folder).resolve() / f"real_{data}"
+        sets = {f"pasted_{study}": (data, "choosing" if study == "realchoice" else "pasted", [])}
+        if study == "realchoice":       # the streets of the other data set, whose classes f does not know by name
+            sets |= {"elsewhere": (other, "elsewhere", ["--known"]) for other in roots if other != data}
+        calls = [dict(name=out.removesuffix(f"_{study}"), tests={None: f"{data}_{test}"},
+                      flags=["--data", "folder", "--root", folder / out, "--per-image"],
+                      needs=[pasted(scenes, folder, out, *flags)]) for out, (scenes, test, flags) in sets.items()]
         if photographs:
             tests = {k: f"{data}_{k}" for k in photographs}
             calls.append(dict(name="photographs", needs=[], flags=[
                 "--data", *photographs, "--root", *(Path(getattr(args, k)).resolve() for k in photographs),
                 "--size", *SEEN_AT, "--per-image", "--components"],
                 tests=tests if len(tests) > 1 else {None: tests[photographs[0]]}))
-        places.append(dict(name=f"real_{data}", data=data, root=root, folder=folder, ready=[], calls=calls,
+        places.append(dict(name=f"real_{data}", data=data, root=roots[data], folder=folder, ready=[], calls=calls,
                            pretrain=REAL_DATA[data]["pretrain"], tracked=TRACKED, epochs=REAL_DATA[data]["epochs"],
                            student={"student-backbone": "mobilenet_v2", "student-weights": "WEIGHTS"}))
     return places
