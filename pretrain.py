@@ -261,8 +261,10 @@ def resume(run, settings, facts):
     twin = beside(out, "" if out.name.endswith(".pt") else ".pt")
     if twin.is_file():
         raise common.InputError(f"{out}: {twin} is there, and both would log to {run.log_path}; expected another --out")
-    for path, begins in ((run.log_path, b"{"), (beside(out, ".png"), b"\x89PNG"), *[(out, b"PK")] * run.restart):
-        if path.is_file() and not begins.startswith(start_of(path, len(begins))):    # a checkpoint, --out x.png?
+    ours = {run.log_path: lambda start: start[:1] in (b"", b"{"), out: lambda start: b"PK".startswith(start[:2]),
+            beside(out, ".png"): lambda start: not start or b"Matplotlib" in start}
+    for path in (run.log_path, beside(out, ".png"), *[out] * run.restart):
+        if path.is_file() and not ours[path](start_of(path, 256)):    # a checkpoint, --out x.png? a photograph?
             raise common.InputError(f"{path}: this run to {out} would replace it, and no earlier one wrote it; "
                                     "expected another --out")
     if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:

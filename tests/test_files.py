@@ -1,5 +1,6 @@
 """Files: written whole or not at all, the same bytes for the same content, refused in one line where they are damaged;
 and the segmentation metrics against sklearn."""
+import inspect
 import io
 import json
 import locale
@@ -360,6 +361,21 @@ def test_memory_of_a_cpu_is_one_line(error, capsys):
         common.cli(main)
     said = capsys.readouterr().err
     assert end.value.code == 1 and said.count("\n") == 1 and said.startswith("error: out of memory")
+
+
+def test_no_compiler_is_one_line(capsys):
+    """What --compile raises where there is no C++ compiler, or no Triton on a GPU."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+    frame = inspect.currentframe()
+    for error in (InductorError(InvalidCxxCompiler(), frame),
+                  BackendCompilerFailed(lambda: 0, RuntimeError("Cannot find a working triton installation"), frame)):
+        def main():
+            raise error
+        with pytest.raises(SystemExit) as end:
+            common.cli(main)
+        said = capsys.readouterr().err
+        assert end.value.code == 1 and said.count("\n") == 1 and said.startswith("error: --compile: "), said
 
 
 # ─────────────────────────────────────────────── continuing ───────────────────────────────────────────────

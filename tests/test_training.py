@@ -6,10 +6,12 @@ import pickle
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import common
@@ -221,6 +223,14 @@ def test_odd_outputs(tmp_path, signals, monkeypatch):
     with pytest.raises(common.InputError, match="notes.txt.*would replace it"):
         train(Images(4), "notes.txt", restart=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    Image.new("RGB", (9, 9)).save("moose.png")                # a photograph beside where its model is to lie
+    photograph = Path("moose.png").read_bytes()
+    with pytest.raises(common.InputError, match="moose.png: this run to .*moose.pt would replace it"):
+        train(Images(4), "moose.pt")
+    assert Path("moose.png").read_bytes() == photograph and not Path("moose.pt").exists()
+    for _ in range(2):
+        train(Images(4), "deer.pt", restart=True)             # its own picture it replaces
+    assert b"Matplotlib" in Path("deer.png").read_bytes()[:256]
 
 
 def test_images_of_different_sizes_are_refused(tmp_path, signals):

@@ -219,6 +219,7 @@ def one_row(name, label, before=AUXILIARY, **flags):
 
 
 OTHER = ("mgu_generate.py", "auxiliary_other", {"ckpt": "OTHER"})     # the pretrained model of the next seed
+AUGMENTED = ("mgu_generate.py", "auxiliary_augmented", {"augment": ()})
 CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise")}, "ascent": dict(before=UP),
                 "other": dict(before=OTHER, any_model=())}
 CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far", "other": "MGU of another model, with its D_s"}
@@ -242,7 +243,8 @@ REAL_ROWS = [
             epochs=4),
     one_row("eta2", "η = 2", ("mgu_generate.py", "auxiliary_eta2", {"step-size": 2})),
     one_row("eta10", "η = 10", ("mgu_generate.py", "auxiliary_eta10", {"step-size": 10})),
-    one_row("augmented", "X augmented before MGU", ("mgu_generate.py", "auxiliary_augmented", {"augment": ()})),
+    one_row("augmented", "X augmented before MGU", AUGMENTED),
+    one_row("augmented_mix", "the same, and training images mixed in", AUGMENTED, mix="train"),
     one_row("kl0.05", "L_KL, α = 0.05", alpha=0.05),
     one_row("kl0.1", "L_KL, α = 0.1", alpha=0.1),
     one_row("frozen", "frozen batch norm", bn="frozen"),
