@@ -1484,8 +1484,8 @@ def cli(main):
         if "DefaultCPUAllocator" in str(e):
             fail("error: out of memory: use smaller images, crops or batches")
         if type(e).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            fail(f"error: --compile: PyTorch cannot compile the model ({first_line[:200]}); expected a C++ compiler, and "
-                 "on a GPU Triton: install them, or leave --compile out")
+            fail(f"error: --compile: PyTorch cannot compile the model ({first_line[:200]}); expected a C++ compiler, "
+                 "and on a GPU Triton: install them, or leave --compile out")
         if torch.distributed.is_initialized() and re.search("(closed|reset) by peer|NCCL|connection was", str(e), re.I):
             fail(f"error: process {rank()} stopped, most likely because another one did ({first_line[:200]})")
         raise

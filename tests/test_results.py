@@ -560,6 +560,27 @@ def test_choice_table(tmp_path):
     assert tables.table(tests, "choice camvid") == "not run\n"
 
 
+def test_remedies():
+    """By hand, of two sets, the second without mIoU: √(4 · 1) = 2, √(2 · 3) = 2.45; √(9 · 9) loses too much mIoU."""
+    def row(name, test, aupr, miou=None):
+        return dict(data="camvid", test=f"camvid_{test}", seed=0, name=name, miou=miou, pooled=dict(aupr=aupr / 2),
+                    per_image=dict(aupr=2 * aupr))
+    rows = [row("msp", "choosing", 5, 60), row("msp", "elsewhere", 10),
+            row("recipe", "choosing", 20, 59), row("recipe", "elsewhere", 10), row("kl0.1", "choosing", 99, 60),
+            row("mix_train", "choosing", 10, 58.6), row("mix_train", "elsewhere", 30),
+            row("eta2", "choosing", 45, 58), row("eta2", "elsewhere", 90)]
+    for name, value in (("recipe", (4, 1, 2, -1)), ("mix_train", (2, 3, 6**0.5, -1.4)), ("eta2", (9, 9, 9, -2))):
+        assert choose.remedies(rows, "camvid")[0][name] == pytest.approx(value)
+    assert choose.remedies(rows, "camvid")[0].keys() == {"recipe", "mix_train", "eta2"}     # the others: on one set
+    assert choose.remedies(rows, "camvid")[1] == "mix_train" and choose.remedies(rows, "idd_lite") == ({}, None)
+    tests = {test: dict(study="realchoice", rows={(r["name"], 0): r for r in rows if r["test"] == test})
+             for test in ("camvid_choosing", "camvid_elsewhere")}
+    assert tables.table(tests, "remedies camvid").splitlines()[2:4] == [
+        "| MGU + AaFt, the recipe | × 4.00 | × 1.00 | × 2.00 | −1.0 |",
+        "| **training images mixed in, augmented** | **× 2.00** | **× 3.00** | **× 2.45** | **−1.4** |"]
+    assert tables.table(tests, "remedies idd_lite") == "not run\n"
+
+
 def test_lines_fit_the_page():
     """120 columns, everywhere."""
     root = Path(__file__).resolve().parents[1]

@@ -6,6 +6,10 @@ Of the rows that lose at most 1.5 points of mIoU against MSP in the mean of the 
 of AUPR over MSP of the same seed: the geometric mean of pooled and per-image AUPR, of the seeds, and of the choosing
 sets. In three stages, one thing at a time from the same base: the step size and the cap of MGU; the known images and
 batch norm; the loss and α. Where no row of a stage is admissible, the one that loses the least mIoU.
+
+Of realchoice.json, whose models see streets of their own kind and streets from elsewhere, the same rule takes what
+serves both: the largest geometric mean over the two sets (REMEDIES; this too was written before the second was looked
+at).
 """
 import json
 import math
@@ -22,16 +26,20 @@ STAGES = (
                   "er0.05": dict(loss="er", alpha=0.05), "er0.5": dict(loss="er", alpha=0.5)}),
 )
 
+REMEDIES = ("recipe", "paper", "mix_train", "images60", "eta2", "eta10", "augmented", "augmented_mix", "kl0.05",
+            "kl0.1", "kl1", "frozen")     # MGU + AaFt, one or two things changed
+
 
 def gains(rows, data, name):
-    """(factor of AUPR, change of mIoU in points) of a row over MSP, means over seeds and choosing sets."""
+    """(factor of AUPR, change of mIoU in points) of a row over MSP, means over seeds and choosing sets; mIoU of those
+    that have one."""
     logs, points = [], []
     for row in rows:
         if (row["data"], row["name"]) == (data, name):
             msp = next(r for r in rows if r["name"] == "msp" and all(r[k] == row[k] for k in ("data", "seed", "test")))
             logs += [math.log(row[kind]["aupr"] / msp[kind]["aupr"]) for kind in ("pooled", "per_image")]
-            points.append(row["miou"] - msp["miou"])
-    return (math.exp(sum(logs) / len(logs)), sum(points) / len(points)) if logs else None
+            points += [] if row["miou"] is None else [row["miou"] - msp["miou"]]
+    return (math.exp(sum(logs) / len(logs)), sum(points) / len(points) if points else None) if logs else None
 
 
 def stages(rows, data):
@@ -42,6 +50,20 @@ def stages(rows, data):
         admissible = {name: g for name, g in found.items() if g[1] >= -1.5}
         best = max(admissible, key=lambda n: admissible[n][0]) if admissible else max(found, key=lambda n: found[n][1])
         yield stage, found, best
+
+
+def remedies(rows, data):
+    """({row: (factor of AUPR on known streets, elsewhere, both, change of mIoU)} of those of REMEDIES that have run on
+    both sets, the row that the rule takes)."""
+    found = {}
+    for name in REMEDIES:
+        factors = [gains([r for r in rows if r["test"] == f"{data}_{test}"], data, name)
+                   for test in ("choosing", "elsewhere")]
+        if all(factors):
+            (known, points), (elsewhere, _) = factors
+            found[name] = known, elsewhere, math.sqrt(known * elsewhere), points
+    admissible = [name for name, (*_, points) in found.items() if points >= -1.5]
+    return found, max(admissible, key=lambda name: found[name][2], default=None)
 
 
 def choose(rows, data):

@@ -8,6 +8,7 @@
     <!-- table mgu toy_b -->…<!-- /table -->               the auxiliary sets that were used for a test set
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
+    <!-- table remedies camvid -->…<!-- /table -->         the same rule on streets of two kinds
     <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled; of systems one row each
     <!-- table layers camvid -->…<!-- /table -->           what layers.py found (layers.json)
     <!-- table alarms camvid -->…<!-- /table -->           what alarms.py found (alarms.json)
@@ -277,6 +278,19 @@ def choice(tests, data):
     return lines_of(["stage", "row", "AUPR against MSP", "mIoU"], lines)
 
 
+def remedies(tests, data):
+    """What choose.py's rule sees of a data set in realchoice.json; bold: the row that it takes."""
+    rows = [r for test in tests.values() if test.get("study") == "realchoice" for r in test["rows"].values()]
+    labels, lines = {name: label for name, label, *_ in experiments.STUDIES["realchoice"]}, []
+    found, best = choose.remedies(rows, data)
+    for name, (known, elsewhere, both_sets, points) in found.items():
+        cells = [labels[name].replace("**", ""), *(f"× {factor:.2f}" for factor in (known, elsewhere, both_sets)),
+                 f"{points:+.1f}".replace("-", "−")]
+        lines.append([f"**{c}**" for c in cells] if name == best else cells)
+    head = ["AUPR over MSP, pooled and per image", "known streets", "elsewhere", "both", "mIoU"]
+    return lines_of(head, lines) if lines else f"{ABSENT}\n"
+
+
 def real(tests, study, data, group, reference="msp"):
     """Every row on every test of the models of one training set, and its change of mIoU in points. group: per_image or
     pooled, AUPR over that of the row `reference`; fpr95, pooled, points against it; objects, sIoU / PPV / F1 (mean of
@@ -366,6 +380,8 @@ def table(tests, words):
         return layers(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "choice":
         return choice(tests, name)
+    if kind == "remedies":
+        return remedies(tests, name)
     if kind == "both":
         return both(tests, name)
     if kind == "photographs":
