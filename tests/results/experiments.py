@@ -167,7 +167,7 @@ SYSTEMS = [
     ("pretrained.pt", tuned("student", distill=(), epochs="EPOCHS"), {"student": "student.pt"}, {
         "dicnet": ("dicnet", "DiCNet, as many steps as the recipe")}),
     ("pretrained.pt", tuned("student_fifth", distill=(), epochs="0.2 EPOCHS"), {"student": "student_fifth.pt"}, {
-        "dicnet": ("dicnet_fifth", "DiCNet, a fifth as many steps (IDD Lite: half)")}),
+        "dicnet": ("dicnet_fifth", "DiCNet, about a fifth as many steps")}),
     ("pretrained.pt", tuned("student_4", distill=(), epochs="4 EPOCHS"), {"student": "student_4.pt"}, {
         "dicnet": ("dicnet_4", "DiCNet, 4 times as many steps")}),
     ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {

@@ -242,7 +242,7 @@ def hardware(test):
 # One row of each system and the controls that it needs: the main README's table
 SHORT = ("entropy", "energy", "knn", "cknn", "recipe", "recipe_entropy", "recipe_knn", "clean", "dh_mgu", "dh_paste",
          "dh_inlier", "pasted_kl", "noisy_msp", "rnvp_entropy", "rnvp_no_entropy", "pans", "pans_recipe", "pgan",
-         "tradi", "ensemble", "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "m2f_margin_published", "margin",
+         "tradi", "ensemble", "dicnet", "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "m2f_margin_published", "margin",
          "maskomaly_queries", "synthcp")
 
 
