@@ -17,6 +17,7 @@ from runner import REPO, run, run_ok
 sys.path.insert(0, str(REPO / "tests" / "results"))
 import choose
 import experiments
+import plot
 import tables
 
 
@@ -475,11 +476,17 @@ def test_table_of_the_study_on_real_unknowns(real_numbers):
         "| MSP | 2 | 10.00 / 20.00 / 0.50 | +0.0 |",
         "| **MGU + AaFt**, the recipe | 2 | 15.00 / 20.00 / 0.00 (1 seed) | −1.0 |"]
     assert tables.table(real_numbers, "real camvid pooled") == "not run\n"
+    # settled is neither: the pooled interval above holds 1, and one seed has none
+    assert tables.table(real_numbers, "summary real").splitlines()[2:] == [
+        "| MGU + AaFt, the recipe | –, 2 |  |  |  |  |  | × 1.50 | × 1.50 |  |  | −1.0 |"]
     for words, expected in {"aupr over msp": "× 1.39", "aupr against msp": "× 1.39 [0.22, 8.62]", "aupr over clean":
                             "not run", "fpr95 against msp": "−5.0 [−17.7, +7.7]"}.items():
         assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled {words}") == expected
     with pytest.raises(ValueError):
         tables.number(real_numbers, "idd_lite_pasted recipe miou over msp")
+    for (name, seed), row in real_numbers["idd_lite_pasted"]["rows"].items():
+        row["pooled"]["aupr"] = (3 - (name == "msp")) * (1 + 0.01 * seed * (name == "msp"))     # × 1.5, nearly as much
+    assert "| × 1.50 | × 1.50 |".replace("× 1.50", "**× 1.50**", 1) in tables.table(real_numbers, "summary real")
 
 
 def test_seeds_of_one_row_ran_alike(numbers):
@@ -579,6 +586,27 @@ def test_remedies():
         "| MGU + AaFt, the recipe | × 4.00 | × 1.00 | × 2.00 | −1.0 |",
         "| **training images mixed in, augmented** | **× 2.00** | **× 3.00** | **× 2.45** | **−1.4** |"]
     assert tables.table(tests, "remedies idd_lite") == "not run\n"
+
+
+def test_plot(real_numbers, tmp_path):
+    """A row with two seeds on both tests is a point; the picture holds its numbers."""
+    assert plot.numbers(real_numbers) == {"camvid": {}, "idd_lite": {}}                # RoadAnomaly: of one seed
+    found = {"camvid": {"entropy": [[1.2, 1.1, 1.3], [1.1, 1, 1.2]], "cknn": [[3, 2, 4], [1.5, 1.4, 1.6]]},
+             "idd_lite": {"entropy": [[1, 1, 1], [1, 1, 1]], "recipe": [[1.01, 1, 1.1], [1.01, 1, 1.1]]}}
+    plot.draw(found, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert json.loads(picture.text["Description"]) == found
+
+
+def test_the_published_plot_is_of_the_published_numbers():
+    found = plot.numbers(tables.load())
+    with Image.open(plot.OUT) as picture:
+        drawn = json.loads(picture.text["Description"])
+    assert {data: list(rows) for data, rows in drawn.items()} == {data: list(rows) for data, rows in found.items()}
+    assert len(drawn["camvid"]) > 12
+    for data, rows in drawn.items():
+        for name, points in rows.items():
+            np.testing.assert_allclose(points, found[data][name], rtol=0.01, err_msg=f"{data} {name}: run plot.py")
 
 
 def test_lines_fit_the_page():

@@ -17,6 +17,8 @@
     <!-- table real idd_lite per_image -->…<!-- /table --> the study real (or realchoice): AUPR over MSP's with an
                                                            interval, on each test of a training set; or pooled,
                                                            fpr95, objects
+    <!-- table summary real -->…<!-- /table -->            every row on every test, AUPR per image over MSP's; bold
+                                                           where its two intervals are on one side of 1
     <!-- table real idd_lite per_image recipe -->…         the same over another row's
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
@@ -318,6 +320,33 @@ def real(tests, study, data, group, reference="msp"):
     return lines_of([head, "seeds", *names, "mIoU"], rows)
 
 
+def settled(test, name, reference="msp"):
+    """Whether both intervals of AUPR, per image (seeds and images) and pooled (seeds), are on one side of 1."""
+    ends = [compare(test, name, reference, group)[1:] for group in ("per_image", "pooled")]
+    return None not in sum(ends, ()) and (min(low for low, _ in ends) > 1 or max(high for _, high in ends) < 1)
+
+
+def summary(tests, study):
+    """Every row on every test of both training sets: AUPR per image over MSP's; bold where it is settled."""
+    rows = []
+    for name, label, *_ in experiments.STUDIES[study]:
+        cells, seeds = [], []
+        for data in ("camvid", "idd_lite"):
+            columns = [tests.get(f"{data}_{test}", dict(rows={})) for test in ("pasted", *experiments.PHOTOGRAPHS)]
+            there = [len(by_seed(test, name, "per_image", "aupr")) for test in columns]
+            seeds.append(max(there))
+            for test, n in zip(columns, there):
+                mark = "**" * (n > 0 and settled(test, name))
+                cells.append(f"{mark}× {compare(test, name, 'msp', 'per_image')[0]:.2f}{mark}" if n else "")
+            gains = [gain for test in columns for gain in against(test, name, "miou", factor=False)]
+            cells.append(mean(gains, "{:+.1f}") if gains else "")
+        if any(seeds) and name != "msp":
+            rows.append([label.replace("**", ""), ", ".join(str(n or "–") for n in seeds), *cells])
+    names = ["pasted", "RoadAnomaly", "RoadObstacle21", "Fishyscapes Static", "mIoU"]
+    return lines_of(["AUPR over MSP", "seeds", *(f"CamVid: {names[0]}", *names[1:]),
+                     *(f"IDD Lite: {names[0]}", *names[1:])], rows) if rows else f"{ABSENT}\n"
+
+
 def real_cell(test, name, reference, group):
     """What stands in a column of the table real, or None."""
     found, base = ([row for (n, _), row in sorted(test["rows"].items()) if n == which] for which in (name, reference))
@@ -380,6 +409,8 @@ def table(tests, words):
         return layers(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "choice":
         return choice(tests, name)
+    if kind == "summary":
+        return summary(tests, name)
     if kind == "remedies":
         return remedies(tests, name)
     if kind == "both":
