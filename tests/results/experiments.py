@@ -239,6 +239,7 @@ REAL_ROWS = [
     *(one_row(name, f"control: {CONTROL_LABELS[name]}", **flags) for name, flags in CONTROL_SETS.items()),
     # what may take the harm away
     one_row("mix_train", "training images mixed in, augmented", mix="train"),
+    one_row("clean_mix", "control of the last: L_k alone, X for X'", images="clean", mix="train"),
     one_row("images60", "up to 60 images a class, 4 passes", ("mgu_generate.py", "auxiliary_60", {"per-class": 60}),
             epochs=4),
     one_row("eta2", "η = 2", ("mgu_generate.py", "auxiliary_eta2", {"step-size": 2})),
