@@ -22,8 +22,7 @@ KINDS = {   # label of the kind: its colour, {row: short label}
         "tradi": "TRADI"}),
     "MGU + AaFt": ("tab:blue", {
         "recipe": "the recipe", "recipe_entropy": "the recipe, entropy", "paper": "L_ER, α = 0.05",
-        "kl0.1": "α = 0.1", "frozen": "frozen batch norm", "eta2": "η = 2", "mix_train": "training images mixed in",
-        "augmented": "X augmented", "augmented_mix": "both"}),
+        "mix_train": "training images mixed in", "augmented": "X augmented"}),
     "controls": ("tab:red", {"clean": "L_k alone", "sign": "random signs"}),
     "related systems": ("tab:orange", {
         "dh_mgu": "DenseHybrid, D_s of MGU", "rnvp_entropy": "Real NVP, entropy", "pgan": "PGAN",
@@ -46,7 +45,8 @@ def numbers(tests):
 def put_label(ax, text, at, colour, taken):
     """Write beside a point, on the side where it meets no box of `taken` (as few as possible); its box goes there."""
     tries = []
-    for offset, sideways in (((5, 3), "left"), ((5, -9), "left"), ((-5, 3), "right"), ((-5, -9), "right")):
+    for offset, sideways in (((5, 3), "left"), ((-5, 3), "right"), ((5, -9), "left"), ((-5, -9), "right"), ((0, 6), "center"),
+                             ((0, -12), "center")):
         label = ax.annotate(text, at, offset, textcoords="offset points", ha=sideways, fontsize=7, color=colour)
         box = label.get_window_extent(ax.figure.canvas.get_renderer())
         inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1
@@ -59,9 +59,9 @@ def put_label(ax, text, at, colour, taken):
 
 
 def draw(found, out):
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5.4), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5.8), sharex=True, sharey=True)
     fig.subplots_adjust(left=0.07, right=0.99, bottom=0.09, top=0.94, wspace=0.04)
-    axes[0].set(xscale="log", yscale="log", xlim=(0.8, 5.6), ylim=(0.36, 2.8), ylabel="AUPR over MSP: RoadAnomaly")
+    axes[0].set(xscale="log", yscale="log", xlim=(0.8, 5.6), ylim=(0.36, 2.75), ylabel="AUPR over MSP: RoadAnomaly")
     for axis in (axes[0].xaxis, axes[0].yaxis):
         axis.set_major_locator(matplotlib.ticker.FixedLocator([0.4, 0.5, 0.7, 1, 1.4, 2, 3, 4, 5]))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
