@@ -728,7 +728,7 @@ def validation_scenes(scenes, checkpoint, train_root=None):
         anomaly = checkpoint["anomaly"] if scenes.data == checkpoint["data"] else None
         return common.Scenes(scenes.data, scenes.root, "val", anomaly)
     root = common.data_root(train_root, checkpoint, "--train-root")
-    return common.Scenes(checkpoint["data"], root, "val", checkpoint["anomaly"])
+    return common.scenes_of(checkpoint, root, "val")
 
 
 def ignored_labels(args, scenes, checkpoints):
@@ -1491,9 +1491,10 @@ def score_outlier(name, seen):
 
 def make_outlier(name, fs, args, device):
     """A score of the outlier head. Raises InputError for a model without one."""
-    if any(f.outlier is None for f in fs):
-        raise common.InputError(f"--score {name}: a model without an outlier head; expected checkpoints of "
-                                "finetune.py --gamma, or of a --method with one")
+    without = next((f for f in fs if f.outlier is None), None)
+    if without:
+        raise common.InputError(f"{without.origin[0]}: no outlier head, which --score {name} reads; expected checkpoints "
+                                "of finetune.py --gamma, or of a --method with one")
     return lambda X, seen, index: score_outlier(name, seen)
 
 
@@ -1549,7 +1550,7 @@ def labelled_anomalies(place, checkpoint, root):
     the anomaly, or of a split of the checkpoint's data, in the folder `root` if it is given."""
     if place in common.SPLITS:
         root = common.data_root(root, checkpoint, "--train-root")
-        scenes = common.Scenes(checkpoint["data"], root, place, checkpoint["anomaly"])
+        scenes = common.scenes_of(checkpoint, root, place)
         for item in (scenes[i] for i in range(len(scenes))):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
@@ -1648,7 +1649,7 @@ def training_scenes(f, train_root):
     """The training split of the data that f was trained on, whole images."""
     _, checkpoint = f.origin
     root = common.data_root(train_root, checkpoint, "--train-root")
-    return common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
+    return common.scenes_of(checkpoint, root, "train")
 
 
 def make_cosine(name, fs, args, device):

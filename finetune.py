@@ -43,6 +43,7 @@ Sections: command line · where D_s comes from · stage 3 · controls, pilot stu
 """
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -108,6 +109,8 @@ class AuxiliarySet(torch.utils.data.Dataset):
         self.folder, self.root, self.seed = Path(folder), Path(root), seed
         self.unknown, self.images, self.clean, self.train = unknown, images, clean, train
         path = self.folder / "manifest.json"
+        if not path.exists():
+            raise common.InputError(f"{path}: no such file; expected the set that mgu_generate.py writes (--aux)")
         self.manifest = common.load_json(path)
         for key, kind in dict(settings=dict, samples=list).items():
             if not isinstance(self.manifest, dict) or not isinstance(self.manifest.get(key), kind):
@@ -180,6 +183,9 @@ def auxiliary_data(args, checkpoint, root):
     data = AuxiliarySet(args.aux, root, args.seed, args.unknown, args.images, clean=args.mix == "clean")
     path = Path(args.aux) / "manifest.json"
     made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
+    if data.manifest.get("classes", checkpoint["classes"]) != checkpoint["classes"] and made_with == ckpt:
+        raise common.InputError(f"{path}: the set was made with other classes than {args.ckpt} has, or in another order; "
+                                "expected the dataset.json of pretraining: run mgu_generate.py again")
     if made_with != ckpt and not (args.any_model and data.manifest.get("classes") == checkpoint["classes"]):
         others = "" if data.manifest.get("classes") == checkpoint["classes"] else ", of other classes,"
         raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}){others} than "
@@ -191,8 +197,8 @@ def auxiliary_data(args, checkpoint, root):
         # ASSUMPTION: pretraining's augmentation in a window as large as the auxiliary images, so that they stack
         size, scale = first["label"].shape, pretrain.pretrained_with(checkpoint)["scale"]
         with common.first_rank_first():
-            data.train = pretrain.TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], size, scale,
-                                                 args.seed)
+            data.train = common.same_classes(pretrain.TrainingScenes(
+                checkpoint["data"], root, "train", checkpoint["anomaly"], size, scale, args.seed), checkpoint)
         identity["train"] = data.train.identity()
         if data.manifest["settings"].get("dataset", identity["train"]) != identity["train"]:
             raise common.InputError(f"{root}: not the dataset that {path} was made from; say where it is with --root")
@@ -218,10 +224,18 @@ def finetune(args, f, checkpoint, root, device):
     # What decides the result, and so what a continued run must share with the first
     settings = dict({n: getattr(args, n) for n in SETTINGS}, ckpt=common.fingerprint(args.ckpt), **identity,
                     **system_settings(args))
-    facts = dict(common.model_facts(f), stage="finetune", **{k: checkpoint[k] for k in ("classes", "data", "anomaly")},
-                 root=root, known_unknown=args.known_unknown)
+    facts = facts_of(f, "finetune", checkpoint, root)
+    facts["known_unknown"] = args.known_unknown or facts["known_unknown"]
     # Adam (Sec. IV-A). ASSUMPTION: dropout is active, as in pretraining; all of f is trained
     pretrain.train(f, data, args, device, settings, facts, **others)
+
+
+def facts_of(model, stage, checkpoint, root, **more):
+    """What the new checkpoint tells beside its settings: of the model, and what it has from the one that it starts
+    from, pretraining's crop, scale and weights and the pilot study's classes among it."""
+    inherited = {k: checkpoint[k] for k in ("classes", "data", "anomaly")}
+    return dict(common.model_facts(model), stage=stage, root=root, **inherited, **more,
+                known_unknown=checkpoint.get("known_unknown"), pretrained=pretrain.pretrained_with(checkpoint))
 
 
 # ─────────────────────────────────── stage 3: controls, and the pilot study ───────────────────────────────────
@@ -259,7 +273,7 @@ def known_unknown_data(args, checkpoint, root):
     """(KnownUnknown, what it was made from as plain values)."""
     unknown = common.class_indices(args.known_unknown, checkpoint["classes"], "--known-unknown")
     with common.first_rank_first():
-        data = KnownUnknown(checkpoint["data"], root, checkpoint["anomaly"], unknown)
+        data = common.same_classes(KnownUnknown(checkpoint["data"], root, checkpoint["anomaly"], unknown), checkpoint)
     common.say(f"{len(data)} images, D_s = {', '.join(args.known_unknown)}")
     return data, dict(aux=data.identity(), train=None)
 
@@ -335,7 +349,8 @@ class Pasted(torch.utils.data.Dataset):
     that "inlier" replaces no image as a whole, whatever `pure` is.
     Raises InputError for a folder without images.
     ASSUMPTION: pasted after the augmentation, with hard edges, as DenseHybrid does; where a patch has a mask, it cuts
-    (published: a rectangle half of the time); noisy negatives are jittered and mirrored as their image would be."""
+    (published: a rectangle half of the time); noisy negatives are jittered and mirrored as their image would be, but
+    those that replace an image are not mirrored."""
 
     def __init__(self, scenes, folder, seed, cut, sizes, pure=0.0, control="none"):
         self.scenes, self.seed, self.cut, self.sizes, self.pure, self.control = scenes, seed, cut, sizes, pure, control
@@ -344,6 +359,11 @@ class Pasted(torch.utils.data.Dataset):
             found = common.files_by_name(folder, common.IMAGES, "")
         except OSError as e:
             raise common.InputError(f"{folder}: {e.strerror}; expected a folder of images (--patches)")
+        for name, path in [*found.items(), *((f"{name}_mask", path) for name, path in masks.items())]:
+            of = name.removesuffix("_mask")
+            if name != of and (of not in masks or of not in found):
+                raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask in one of "
+                                        f"{', '.join(common.LABELS)} (--patches)")
         self.patches = sorted((path, masks.get(name)) for name, path in found.items() if not name.endswith("_mask"))
         if not self.patches:
             raise common.InputError(f"{folder}: no image; expected some of {', '.join(common.IMAGES)} (--patches)")
@@ -392,11 +412,14 @@ def read_patch(path, mask_path):
     image = common.read_image(path)
     mask = np.ones(image.shape[:2], bool)
     if mask_path:
-        mask = common.read_image(mask_path).any(2)
+        mask = common.read_image(mask_path).any(2)               # InputError for a damaged one, before 16 bits are read
+        with Image.open(mask_path) as opened:
+            if opened.mode.startswith("I"):                      # of which read_image keeps the upper 8
+                mask = np.asarray(opened) > 0
     else:
         with Image.open(path) as opened:
-            if "A" in opened.getbands():
-                mask = np.asarray(opened.getchannel("A")) >= 128
+            if "A" in opened.getbands() or "transparency" in opened.info:
+                mask = np.asarray(opened.convert("RGBA").getchannel("A")) >= 128
     if mask.shape != image.shape[:2] or not mask.any():
         raise common.InputError(f"{mask_path or path}: its mask is empty or of another size than its image; expected "
                                 "one that cuts something out")
@@ -538,9 +561,9 @@ def chosen_scenes(K, checkpoint, root):
 
 
 @torch.no_grad()
-def class_prototypes(f, items, device):
+def class_prototypes(f, items, device, classes):
     """(N, C) float32 of unit rows: row i is the mean over all cells of class i of the normalised embedding (after its
-    activation), normalised. items: dicts of image uint8 (3, H, W) and label (H, W), in any order.
+    activation), normalised. items: dicts of image uint8 (3, H, W) and label (H, W), in any order. classes: names.
 
     Sums in float64, then one division. Raises InputError for a class without a cell."""
     N, C = f.num_classes, f.classifier.in_channels
@@ -552,8 +575,8 @@ def class_prototypes(f, items, device):
         total += of_class @ torch.nn.functional.normalize(x, dim=0).flatten(1).T
         cells += of_class.sum(1)
     if not cells.all():
-        raise common.InputError(f"class {int(cells.argmin())} of the checkpoint's has no cell of the embedding in the "
-                                "chosen images; expected more --prototypes")
+        raise common.InputError(f"{classes[int(cells.argmin())]}: smaller than a cell of the embedding in every chosen "
+                                "image; expected more --prototypes")
     return torch.nn.functional.normalize(total / cells[:, None], dim=1).float()
 
 
@@ -568,9 +591,9 @@ def train_prototypes(args, f, checkpoint, root, device):
         raise common.InputError(f"{args.ckpt}: a mask network has no classifier to replace; expected a checkpoint of "
                                 "another --arch")
     with common.first_rank_first():
-        scenes = chosen_scenes(args.prototypes, checkpoint, root)
+        scenes = common.same_classes(chosen_scenes(args.prototypes, checkpoint, root), checkpoint)
     f = f.to(device)
-    weight = class_prototypes(f, (scenes[0, i] for i in range(len(scenes))), device)
+    weight = class_prototypes(f, (scenes[0, i] for i in range(len(scenes))), device, scenes.classes)
     common.say(f"{len(scenes)} images: the {args.prototypes} with most of each of {len(scenes.classes)} classes")
     g = common.Segmenter(f.arch, f.backbone_name, f.num_classes, f.width, "cosine")
     g.load_state_dict({k: v for k, v in f.state_dict().items() if not k.startswith(("classifier.", "outlier."))},
@@ -580,8 +603,7 @@ def train_prototypes(args, f, checkpoint, root, device):
     args.alpha, args.loss, args.bn = 0, "er", "frozen"                # Eq. 5 with an empty D_s
     settings = dict({n: getattr(args, n) for n in ("prototypes", "epochs", "batch_size", "lr", "schedule", "seed")},
                     ckpt=common.fingerprint(args.ckpt), dataset=scenes.identity())
-    facts = dict(common.model_facts(g), stage="prototypes", root=root,
-                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+    facts = facts_of(g, "prototypes", checkpoint, root)
     pretrain.train(g, scenes, args, device, settings, facts)
 
 
@@ -598,14 +620,13 @@ def distill(args, f, checkpoint, root, device):
     arch = "fpn" if f.decoder else f.arch               # the same pyramid, without the queries
     student = common.bare(common.Segmenter(arch, args.student_backbone, f.num_classes, f.width))
     usual = "none" if pretrain.pretrained_with(checkpoint)["weights"] == "none" else "imagenet"
-    pretrain.load_backbone(student, args.student_weights or usual)
+    pretrain.load_backbone(student, args.student_weights or usual, "--student-weights")
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
     names = ("student_backbone", "student_weights", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt),
                     dataset=scenes.identity())
-    facts = dict(common.model_facts(student), stage="distill", companion_of=common.fingerprint(args.ckpt), root=root,
-                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+    facts = facts_of(student, "distill", checkpoint, root, companion_of=common.fingerprint(args.ckpt))
 
     def count(batch, run):
         return [len(batch["label"])]
@@ -672,8 +693,7 @@ def synthesize(args, f, checkpoint, root, device):
     ckpt = common.fingerprint(args.ckpt)
     names = ("epochs", "batch_size", "lr", "schedule", "bn", "seed", "generator_width")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=ckpt, train=data.identity())
-    facts = dict(common.model_facts(model), stage="synthesis", companion_of=ckpt, root=root,
-                 **{k: checkpoint[k] for k in ("classes", "data", "anomaly")})
+    facts = facts_of(model, "synthesis", checkpoint, root, companion_of=ckpt)
     # SynthCP's Adam: no first moment, and four times the rate for the discriminator
     groups = [dict(params=list(m.parameters()), betas=(0, 0.9), factor=factor)
               for m, factor in ((model.generator, 1), (model.discriminator, 4))]
@@ -745,6 +765,10 @@ def checked(p, args):
     for flag in other_flags(args):
         if getattr(args, flag) is not None:
             p.error(f"argument --{flag.replace('_', '-')}: has no effect with {chosen}: leave it out")
+    empty = "images clean" if args.images == "clean" else "paste-control off" if args.paste_control == "off" else ""
+    for flag in ("unknown", "loss", "alpha") if empty else ():   # D_s is empty
+        if getattr(args, flag) is not None:
+            p.error(f"argument --{flag}: has no effect with --{empty}: leave it out")
     files = dict(finetune="ft.pt", prototypes="prototypes.pt", distill="student.pt", synthesis="generator.pt")
     args.stage = chosen if chosen in files else "finetune"
     args.out = args.out or files[args.stage]
@@ -806,6 +830,8 @@ def other_flags(args):
 
 def main():
     args = parse()
+    if Path(args.out).exists() and Path(args.ckpt).exists() and os.path.samefile(args.out, args.ckpt):
+        raise common.InputError(f"{args.out}: --out is --ckpt, which this run starts from; expected another --out")
     device = common.setup(args.device, tf32=True)
     f, checkpoint = common.load_checkpoint(args.ckpt)
     common.say(common.resolve(args, args.stage, checkpoint["data"], f.arch, without=other_flags(args)))

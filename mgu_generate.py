@@ -406,7 +406,7 @@ def main():
     with common.first_rank_first():
         root = common.data_root(args.root, checkpoint)
         scenes = pretrain.training_scenes(args, checkpoint, root) if args.augment else \
-            common.Scenes(checkpoint["data"], root, "train", checkpoint["anomaly"])
+            common.scenes_of(checkpoint, root, "train")
         jobs = choose(scenes, args.per_class, args.seed)
     if not jobs:
         raise common.InputError(f"{root}: no training image has {MIN_PIXELS} pixels of any class; "

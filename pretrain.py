@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,9 +149,9 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
     that was killed continues to the same result (bit-identical on a CPU).
     Raises InputError for a non-finite loss or step, after which the last good checkpoint stands.
     """
-    count = count or count_pixels
-    objective = objective or functools.partial(eq5, args)
     run = Run(f, data, args, device, groups)
+    run.whole = objective is None and f.arch in common.ARCHS and all(p.requires_grad for p in f.parameters())
+    count, objective = count or count_pixels, objective or functools.partial(eq5, args)
     with lock(run), contextlib.closing(batches(data, args, run, device)) as loader:
         if not resume(run, settings, facts):
             return
@@ -264,16 +265,20 @@ def resume(run, settings, facts):
     ours = {run.log_path: lambda start: start[:1] in (b"", b"{"), out: lambda start: b"PK".startswith(start[:2]),
             beside(out, ".png"): lambda start: not start or b"Matplotlib" in start}
     for path in (run.log_path, beside(out, ".png"), *[out] * run.restart):
-        if path.is_file() and not ours[path](start_of(path, 256)):    # a checkpoint, --out x.png? a photograph?
+        if path.is_file() and not (ours[path](start_of(path, 256)) and (path != out or may_be_checkpoint(path))):
+            # a checkpoint, --out x.png? a photograph, a set, an archive?
             raise common.InputError(f"{path}: this run to {out} would replace it, and no earlier one wrote it; "
                                     "expected another --out")
     if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
         raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
-    if out.exists() and not run.restart:
-        checkpoint = common.load_checkpoint(out, companion="any")[1]
+    if out.exists():
+        checkpoint = {}
+        with contextlib.suppress(*[common.InputError] * run.restart):    # a damaged one is replaced
+            checkpoint = common.load_checkpoint(out, companion="any")[1]
         if checkpoint.get("stage", facts["stage"]) != facts["stage"]:
             raise common.InputError(f"{out}: a checkpoint of stage {checkpoint['stage']}, and this is "
                                     f"{facts['stage']}; expected another --out")
+    if out.exists() and not run.restart:
         epoch, step = adopt(checkpoint, settings, out)
         if not (epoch >= 0 and 0 <= step <= run.n_steps):
             raise common.InputError(f"{out}: stands at epoch {epoch}, step {step}; expected up to {run.n_steps} steps")
@@ -297,6 +302,14 @@ def resume(run, settings, facts):
     if common.rank() == 0:
         trim_log(run)
     return True
+
+
+def may_be_checkpoint(path):
+    """Whether a file is no other kind of zip: a checkpoint's holds a data.pkl, and a damaged one no list of contents."""
+    if not zipfile.is_zipfile(path):
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("data.pkl") for name in archive.namelist())
 
 
 def start_of(path, size):
@@ -429,7 +442,7 @@ def count_over_ranks(count, batch, run):
     *counts, stopped = common.all_sum(torch.tensor([*count(batch, run), len(run.stop)])).tolist()
     run.labelled += counts[0]
     if not run.labelled and run.t + 1 - run.first >= min(10, run.n_steps):
-        raise common.InputError(f"{run.data.name(0)} and the images after it: no labelled pixel in "
+        raise common.InputError(f"{run.data.name(0)} and the images after it: no labelled pixel outside D_s in "
                                 f"{run.t + 1 - run.first} steps; expected labels of the {run.f.num_classes} classes")
     return counts, stopped
 
@@ -517,7 +530,7 @@ def report(run, batch, bar):
     if not run.told and done >= min(5 * run.interval, run.n_steps):
         run.told = True
         speed = f"{rate:.1f} images/s"
-        if run.f.arch in common.ARCHS:   # one forward and one backward pass through f, and nothing else
+        if run.whole:                    # one forward and one backward pass through all of f, and nothing else
             tflops = 3 * forward_tflop(run.f, *batch["label"].shape[1:]) * rate / common.world()
             speed += f", {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, run.device)}"
         left = run.total - run.t
@@ -597,7 +610,7 @@ def training_curves(log_path, png):
     window = max(1, len(loss) // 100)
     smooth = np.convolve([v["loss"] for v in loss], np.ones(window) / window, "valid")
     ax.plot([v["step"] for v in loss][window - 1:], smooth, color="tab:blue", lw=1)
-    ax.set(xlabel="step", ylabel="loss (Eq. 5)", ylim=(0, None))
+    ax.set(xlabel="step", ylabel="loss", ylim=(min(0, *smooth), None))
     if miou:
         right = ax.twinx()
         right.plot([v["step"] for v in miou], [v["miou"] for v in miou], "o-", color="tab:orange", ms=3, lw=1)
@@ -681,14 +694,16 @@ def training_scenes(args, checkpoint, root):
     """The training split as pretraining saw it: in its crop and scale."""
     usual = pretrained_with(checkpoint)
     with common.first_rank_first():
-        return TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"],
-                              usual["scale"], args.seed)
+        return common.same_classes(TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"],
+                                                  usual["scale"], args.seed), checkpoint)
 
 
 def pretrained_with(checkpoint):
-    """The settings of pretraining; a fine-tuned f does not tell them, and has the defaults of its data."""
+    """dict(crop, scale, weights) of the pretraining of a checkpoint. Later stages hand it on; one of before they did
+    has the defaults of its data."""
     recipe = common.RECIPES.get(checkpoint["data"], {}).get("pretrain", {})
-    return {**common.OURS["pretrain"], **recipe, **checkpoint["settings"]}
+    told = {**common.OURS["pretrain"], **recipe, **checkpoint["settings"], **checkpoint.get("pretrained", {})}
+    return {name: told[name] for name in ("crop", "scale", "weights")}
 
 
 def decoded_cache(scenes, folder):
@@ -806,7 +821,7 @@ def mask_loss(net, part, counts):
 
 # ─────────────────────────────────────────────── stage 1 ───────────────────────────────────────────────
 
-def load_backbone(f, weights):
+def load_backbone(f, weights, flag="--weights"):
     """Load backbone weights into f: "none", "imagenet" (torchvision's; downloaded once) or a state-dict file.
 
     Raises InputError where they cannot be had or do not fit."""
@@ -822,9 +837,9 @@ def load_backbone(f, weights):
             if there:
                 raise common.InputError(f"{kept}: not the ImageNet weights of {f.backbone_name} (a broken download?): "
                                         "delete the file, and they are fetched again")
-            raise common.InputError(f"cannot download the ImageNet weights ({getattr(e, 'reason', e)}): pass --weights "
+            raise common.InputError(f"cannot download the ImageNet weights ({getattr(e, 'reason', e)}): pass {flag} "
                                     f"none to start from random weights, or fetch {enum.url} elsewhere and pass "
-                                    "--weights FILE")
+                                    f"{flag} FILE")
     else:
         state = common.load_tensors(weights, "a state dict of torchvision's ImageNet classifier")
     try:

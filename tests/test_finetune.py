@@ -1,7 +1,9 @@
 """Where fine-tuning's images and D_s come from: X', the controls, known images beside them; sets that do not fit."""
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 import common
 import pretrain
+import finetune
 from finetune import AuxiliarySet
 from runner import NO_FIGURES, run, run_ok
 
@@ -297,6 +300,67 @@ def test_flags_that_exclude_each_other(tmp_path):
     for more in (("--images", "noise"), ("--mix", "train"), ("--unknown", "all")):
         done = run("finetune.py", "--known-unknown", "car", *more, folder=tmp_path)
         assert done.code == 2 and "--known-unknown" in done.err and "usage:" in done.err
+
+
+@pytest.mark.parametrize("flags", (
+    ("--images", "clean", "--unknown", "all"), ("--images", "clean", "--mix", "train", "--alpha", "0.1"),
+    ("--images", "clean", "--loss", "er"), ("--negatives", "paste", "--patches", ".", "--paste-control", "off", "--alpha",
+                                            "1")))
+def test_without_D_s_its_flags_are_refused(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        finetune.parse()
+    assert end.value.code == 2
+    assert f"argument {flags[-2]}: has no effect with --" in capsys.readouterr().err
+
+
+# ──────────────────────────────── what a stage has from the checkpoint it starts from ────────────────────────────────
+
+def test_other_classes_are_refused(aux, small, tmp_path):
+    """Of a dataset.json whose names were reordered, or of another --root: a label is a place in the list of classes."""
+    f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
+    root, other = str(small / "toy"), dict(checkpoint, classes=checkpoint["classes"][::-1])
+    args = SimpleNamespace(seed=0, known_unknown=["car"], train_root=None)
+    for make in (lambda c: pretrain.training_scenes(args, c, root), lambda c: common.scenes_of(c, root, "val"),
+                 lambda c: finetune.known_unknown_data(args, c, root)):
+        make(checkpoint)
+        with pytest.raises(common.InputError, match="toy: has the classes background, .* in its order: traffic sign, "):
+            make(other)
+    torch.save(other, tmp_path / "other.pt")
+    for script, *more in (("mgu_generate.py",), ("finetune.py", "--prototypes", 1)):
+        one_line(run(script, "--ckpt", "other.pt", *more, folder=tmp_path), "toy: has the classes")
+    shutil.copytree(aux, tmp_path / "aux")
+    manifest = tmp_path / "aux/manifest.json"
+    common.save_json(manifest, dict(common.load_json(manifest), classes=other["classes"]))
+    tune = ("finetune.py", "--ckpt", small / "pretrained.pt", "--epochs", 1)
+    one_line(run(*tune, "--aux", "aux", folder=tmp_path), "aux/manifest.json", "other classes")
+    one_line(run(*tune, "--aux", "nowhere", folder=tmp_path), "nowhere/manifest.json: no such file", "mgu_generate.py")
+    assert not list(tmp_path.glob("ft*"))
+
+
+def test_the_checkpoint_a_run_starts_from_stays(small, tmp_path):
+    """Under --restart too: it would be gone before the first step."""
+    shutil.copy(small / "pretrained.pt", tmp_path)
+    before = (tmp_path / "pretrained.pt").read_bytes()
+    (tmp_path / "link.pt").symlink_to("pretrained.pt")
+    for out in ("pretrained.pt", "link.pt"):
+        one_line(run("finetune.py", "--known-unknown", "car", "--out", out, "--restart", folder=tmp_path),
+                 f"{out}: --out is --ckpt")
+    assert (tmp_path / "pretrained.pt").read_bytes() == before
+
+
+def test_what_is_handed_on(small):
+    """Crop, scale and weights of pretraining, over any number of stages, and the pilot study's classes."""
+    f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
+    usual = pretrain.pretrained_with(checkpoint)
+    assert tuple(usual["crop"]) == (32, 48) and usual["weights"] == "none"
+    facts = finetune.facts_of(f, "finetune", dict(checkpoint, known_unknown=["car"]), "elsewhere")
+    later = dict(facts, settings=dict(lr=1))
+    assert pretrain.pretrained_with(later) == usual and later["known_unknown"] == ["car"]
+    assert finetune.facts_of(f, "prototypes", later, "x")["pretrained"] == usual
+    assert finetune.facts_of(f, "prototypes", later, "x")["known_unknown"] == ["car"]
+    old = {k: v for k, v in later.items() if k != "pretrained"}                  # of before it was handed on
+    assert tuple(pretrain.pretrained_with(old)["crop"]) == common.RECIPES["toy"]["pretrain"]["crop"]
 
 
 # ─────────────────────────────────────────────── a whole run ───────────────────────────────────────────────

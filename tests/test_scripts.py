@@ -271,8 +271,11 @@ def test_flags_of_another_architecture_are_refused(small, tmp_path):
 
 def test_a_stage_does_not_replace_another(small, pipeline, tmp_path):
     shutil.copy(pipeline[0] / "ft.pt", tmp_path)
-    done = run("pretrain.py", "--root", small / "toy", "--out", "ft.pt", folder=tmp_path)
-    assert done.code == 1 and "ft.pt: a checkpoint of stage finetune, and this is pretrain" in done.err, done.err
+    before = (tmp_path / "ft.pt").read_bytes()
+    for more in ((), ("--restart",)):
+        done = run("pretrain.py", "--root", small / "toy", "--out", "ft.pt", *more, folder=tmp_path)
+        assert done.code == 1 and "ft.pt: a checkpoint of stage finetune, and this is pretrain" in done.err, done.err
+    assert (tmp_path / "ft.pt").read_bytes() == before
 
 
 def test_known_unknown(small, tmp_path):
@@ -287,6 +290,7 @@ def test_known_unknown(small, tmp_path):
     differs(results, *reference([tmp_path / "ft.pt"], small / "toy"))
     first = json.loads((tmp_path / "ft.jsonl").read_text().splitlines()[0])
     assert first["loss"] > 0
+    assert tuple(torch.load(tmp_path / "ft.pt", weights_only=True)["pretrained"]["crop"]) == (32, 48)
 
 
 def test_pspnet(small, tmp_path):

@@ -269,13 +269,23 @@ def test_sizes_are_those_drawn():
         assert max(mask.shape) == 36 and abs(min(mask.shape) - 36 * min(h, w) / max(h, w)) <= 1
 
 
-def test_masks_cut(patches):
+def test_masks_cut(patches, tmp_path):
     """Alpha and NAME_mask.png: the disc's box, and its share of it (π/4)."""
     for name, mask in (("cut_out.png", None), ("beside.png", patches / "beside_mask.png")):
         image, found = finetune.read_patch(patches / name, mask)
         assert found.shape == image.shape[:2] == (29, 29) and found.mean() == pytest.approx(math.pi / 4, abs=0.05)
         assert np.array_equal(image, np.asarray(Image.open(patches / name).convert("RGB"))[11:40, 16:45])
     assert len(pasted(patches).patches) == 3 + 2                           # no mask among them
+    for mode in ("P", "RGB"):                                              # one palette index or colour is transparent
+        disc = np.zeros((50, 60), np.uint8)
+        disc[(np.mgrid[:50, :60][0] - 25)**2 + (np.mgrid[:50, :60][1] - 30)**2 < 14.5**2] = 9
+        image = Image.fromarray(disc).convert(mode)
+        image.save(tmp_path / "a.png", transparency=0 if mode == "P" else (0, 0, 0))
+        found = finetune.read_patch(tmp_path / "a.png", None)[1]
+        assert found.shape == (29, 29) and found.mean() == pytest.approx(math.pi / 4, abs=0.05)
+    Image.fromarray((disc > 0).astype(np.uint16)).save(tmp_path / "a_mask.png")       # above 0, in 16 bits
+    Image.new("RGB", (60, 50)).save(tmp_path / "b.png")
+    assert np.array_equal(finetune.read_patch(tmp_path / "b.png", tmp_path / "a_mask.png")[1], found)
     shares = [item["unknown"].sum() / (np.ptp(np.nonzero(item["unknown"].numpy()), 1) + 1).prod()
               for item in (pasted(patches / "cut_out", sizes=(0.4, 0.5))[0, i] for i in range(6))]
     assert max(abs(s - math.pi / 4) for s in shares) < 0.1
@@ -353,6 +363,13 @@ def test_bad_patches(tmp_path, patches):
     with pytest.raises(common.InputError, match="a_mask.png: its mask"):
         pasted(tmp_path / "broken")[0, 0]
     assert pasted(patches / "photo").identity() != pasted(patches / "cut_out").identity()
+    for name, beside in (("a_mask.jpg", "a.jpg"), ("c_mask.png", "a.jpg")):      # a mask that would be passed over
+        folder = tmp_path / name
+        folder.mkdir()
+        for made in (name, beside):
+            Image.new("RGB", (9, 9)).save(folder / made)
+        with pytest.raises(common.InputError, match=f"{name}: cuts out nothing; expected an image"):
+            pasted(folder)
 
 
 # ─────────────────────────────────────────────── the flow ───────────────────────────────────────────────

@@ -247,6 +247,9 @@ def test_a_cosine_checkpoint_comes_back(tmp_path):
 
 # ─────────────────────────────────────────────────── PGAN ───────────────────────────────────────────────────
 
+CLASSES = tuple("abcdefghijkl")
+
+
 def labelled(h, w, N, seed):
     """Embedding (1, 16, h, w) and a label at 4 times the size whose cells are constant, some without a class."""
     rng = np.random.default_rng(seed)
@@ -266,17 +269,17 @@ def test_prototypes_are_masked_means():
     made = [labelled(6, 8, N, seed) for seed in (0, 1, 2)]
     reading(f, [E for E, _, _ in made])
     items = [dict(image=torch.full((3, 24, 32), i, dtype=torch.uint8), label=Z) for i, (_, Z, _) in enumerate(made)]
-    found = finetune.class_prototypes(f, items, CPU)
+    found = finetune.class_prototypes(f, items, CPU, CLASSES)
     for c in range(N):
         vectors = [E[0, :, y, x].clamp(min=0).double().numpy() for E, _, cells in made
                    for y, x in np.argwhere(cells == c)]
         mean = np.mean([v / np.linalg.norm(v) for v in vectors], 0)
         assert np.allclose(found[c], mean / np.linalg.norm(mean), atol=1e-6)
-    assert torch.allclose(finetune.class_prototypes(f, items[::-1], CPU), found, atol=1e-7)    # whatever the order
+    assert torch.allclose(finetune.class_prototypes(f, items[::-1], CPU, CLASSES), found, atol=1e-7)   # in any order
     for item in items:
         item["label"][item["label"] == 3] = common.IGNORED
-    with pytest.raises(common.InputError, match="class 3 of the checkpoint's has no cell"):
-        finetune.class_prototypes(f, items, CPU)
+    with pytest.raises(common.InputError, match="^d: smaller than a cell of the embedding"):
+        finetune.class_prototypes(f, items, CPU, CLASSES)
 
 
 def test_prototypes_alone_tell_orthogonal_classes_apart():
@@ -286,7 +289,7 @@ def test_prototypes_alone_tell_orthogonal_classes_apart():
     for y, x in np.ndindex(6, 8):
         E[0, min(cells[y, x], N), y, x] = 1 + y                            # a direction for each class, any length
     item = dict(image=torch.zeros(3, 24, 32, dtype=torch.uint8), label=Z)
-    weight = finetune.class_prototypes(embedded(f, E), [item], CPU)
+    weight = finetune.class_prototypes(embedded(f, E), [item], CPU, CLASSES)
     layer = common.CosineClassifier(16, N)
     layer.weight.data.copy_(weight[:, :, None, None])
     predicted = layer(f.activation(E)).argmax(1)[0].numpy()
@@ -303,7 +306,7 @@ def test_prototypes_script(small):
     assert [k for k, ok in same.items() if not ok] == ["classifier.weight"]           # batch norm's averages stay too
     scenes = finetune.chosen_scenes(2, checkpoint, str(small / "toy"))
     start = finetune.class_prototypes(common.load_checkpoint(small / "pretrained.pt")[0],
-                                      [scenes[0, i] for i in range(len(scenes))], CPU)
+                                      [scenes[0, i] for i in range(len(scenes))], CPU, CLASSES)
     moved = (f.classifier.weight[:, :, 0, 0] - start).abs().max()
     # Adam moves a weight by at most about lr a step
     assert 1e-3 < moved <= 1.5 * 0.01 * 2 * (len(scenes) // 2)

@@ -1,5 +1,6 @@
 """The training loop: Eq. 5 whole or in parts, on one process or two; interruptions, other settings, damaged files."""
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -149,6 +150,19 @@ def test_no_run_replaces_what_another_wrote(tmp_path, signals, name, out):
     assert (tmp_path / name).read_bytes() == before and not (tmp_path / out).exists()
 
 
+def test_curve_of_a_loss_below_zero(tmp_path, monkeypatch):
+    """LSE ("energy") has no lower bound: the figure shows all of it."""
+    import matplotlib.figure
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda fig, *a, **k: drawn.append(fig.axes[0].get_ylim()))
+    for values in ((3, 1, -2.5), (3, 1, 2)):
+        log = "".join(json.dumps(dict(step=k, loss=v)) + "\n" for k, v in enumerate(values))
+        (tmp_path / "log.jsonl").write_text(log)
+        with contextlib.suppress(OSError):                       # nothing was written that could be renamed
+            pretrain.training_curves(tmp_path / "log.jsonl", tmp_path / "log.png")
+    assert drawn[0][0] <= -2.5 and drawn[1][0] == 0 and min(top for _, top in drawn) >= 3
+
+
 @pytest.mark.parametrize("optimiser", (None, 5, dict(state={}, param_groups=[])))
 def test_a_checkpoint_without_its_optimiser(tmp_path, signals, monkeypatch, optimiser):
     train(Images(3), tmp_path / "f.pt")
@@ -223,6 +237,14 @@ def test_odd_outputs(tmp_path, signals, monkeypatch):
     with pytest.raises(common.InputError, match="notes.txt.*would replace it"):
         train(Images(4), "notes.txt", restart=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    with open("archive.pt", "wb") as file:
+        np.savez(file, a=1)                                   # a zip as well
+    archive = Path("archive.pt").read_bytes()
+    with pytest.raises(common.InputError, match="archive.pt.*would replace it"):
+        train(Images(4), "archive.pt", restart=True)
+    assert Path("archive.pt").read_bytes() == archive
+    Path("damaged.pt").write_bytes(Path("run[1].pt").read_bytes()[:1000])
+    train(Images(4), "damaged.pt", restart=True)
     Image.new("RGB", (9, 9)).save("moose.png")                # a photograph beside where its model is to lie
     photograph = Path("moose.png").read_bytes()
     with pytest.raises(common.InputError, match="moose.png: this run to .*moose.pt would replace it"):

@@ -58,6 +58,7 @@ MAIN = [MSP, *((name, f"control: {label}", "plain5", {"images": name}) for name,
 # The choice moves one thing at a time from the base, on the set plain5. In the order in which the rows matter for the
 # rule: where a --deadline cuts the study off, its end is what is missing
 BASE = {"loss": "kl", "alpha": 0.3, "mix": "clean", "bn": "train", "unknown": "flipped", "images": "aux"}
+NO_UNKNOWN = dict.fromkeys(("loss", "alpha", "unknown"))      # of the base: without D_s none of them has an effect
 CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, changes in (
     ("base", "**base**: η = 5, cap 80; L_KL, α = 0.3, clean images mixed in", "plain5", {}),
     ("plain10", "η = 10", "plain10", {}),
@@ -71,7 +72,8 @@ CHOICE = [MSP, *((name, label, aux, BASE | changes) for name, label, aux, change
     ("plain2", "η = 2", "plain2", {}),
     ("plain5-cap40", "η = 5, cap 40", "plain5-cap40", {}),
     ("kl0.05", "L_KL, α = 0.05", "plain5", {"alpha": 0.05}),
-    *((f"{images}-clean", f"control: {label}", "plain5", {"images": images}) for images, label in CONTROLS.items()),
+    *((f"{images}-clean", f"control: {label}", "plain5", {"images": images} | (NO_UNKNOWN if images == "clean" else {}))
+      for images, label in CONTROLS.items()),
     ("frozen-none", "frozen batch norm, no known images (half the steps)", "plain5", {"bn": "frozen", "mix": "none"}),
     ("er0.5", "L_ER, α = 0.5", "plain5", {"loss": "er", "alpha": 0.5}),
     ("unknown-all", "D_s = all of I_ỹ", "plain5", {"unknown": "all"})))]
