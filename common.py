@@ -1240,9 +1240,9 @@ def build(checkpoint):
 def load_checkpoint(path, companion=None):
     """(f in eval mode on the CPU, checkpoint dict). The dict: format, model, arch, backbone, classes, data, root,
     anomaly, stage, settings, epoch and step (where the run stands: all done at epoch = settings["epochs"]), and
-    the optimiser for resuming; of later stages `pretrained` (crop, scale, weights) and `known_unknown`. A companion (stage "distill" or "synthesis") has `companion_of` too, the fingerprint of
-    the checkpoint that it belongs to, and segments nothing by itself: refused, unless `companion` is its stage, or
-    "any" for all kinds."""
+    the optimiser for resuming; of later stages `pretrained` (crop, scale, weights) and `known_unknown`. A companion
+    (stage "distill" or "synthesis") has `companion_of` too, the fingerprint of the checkpoint that it belongs to, and
+    segments nothing by itself: refused, unless `companion` is its stage, or "any" for all kinds."""
     expected = "a checkpoint of pretrain.py or finetune.py"
     checkpoint = load_tensors(path, expected)
     keys = {"format", "model", "arch", "backbone", "classes", "data", "root", "anomaly", "settings", "epoch", "step"}
@@ -1256,7 +1256,8 @@ def load_checkpoint(path, companion=None):
     if companion not in (None, "any", stage):
         raise InputError(f"{path}: a checkpoint of {stage}; expected one of finetune.py --{companion}")
     kinds = dict(model=dict, arch=str, backbone=str, classes=list, data=str, root=str, anomaly=(list, type(None)),
-                 settings=dict, epoch=int, step=int, pretrained=dict, known_unknown=(list, type(None)), **{k: type(v) for k, v in OLD_FACTS.items()})
+                 settings=dict, epoch=int, step=int, pretrained=dict, known_unknown=(list, type(None)),
+                 **{k: type(v) for k, v in OLD_FACTS.items()})
     for key, kind in kinds.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise InputError(f"{path}: not {expected}: its {key} is of type {type(checkpoint[key]).__name__}")
@@ -1283,8 +1284,8 @@ def load_checkpoint(path, companion=None):
 def same_classes(scenes, checkpoint):
     """The scenes. InputError where their classes are not the checkpoint's, in its order: a label is a place in it."""
     if scenes.classes != checkpoint["classes"]:
-        raise InputError(f"{scenes.root}: has the classes {', '.join(scenes.classes)}; expected those of the checkpoint, "
-                         f"in its order: {', '.join(checkpoint['classes'])}")
+        raise InputError(f"{scenes.root}: has the classes {', '.join(scenes.classes)}; expected those of the "
+                         f"checkpoint, in its order: {', '.join(checkpoint['classes'])}")
     return scenes
 
 

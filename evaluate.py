@@ -1493,8 +1493,8 @@ def make_outlier(name, fs, args, device):
     """A score of the outlier head. Raises InputError for a model without one."""
     without = next((f for f in fs if f.outlier is None), None)
     if without:
-        raise common.InputError(f"{without.origin[0]}: no outlier head, which --score {name} reads; expected checkpoints "
-                                "of finetune.py --gamma, or of a --method with one")
+        raise common.InputError(f"{without.origin[0]}: no outlier head, which --score {name} reads; expected "
+                                "checkpoints of finetune.py --gamma, or of a --method with one")
     return lambda X, seen, index: score_outlier(name, seen)
 
 

@@ -184,8 +184,8 @@ def auxiliary_data(args, checkpoint, root):
     path = Path(args.aux) / "manifest.json"
     made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
     if data.manifest.get("classes", checkpoint["classes"]) != checkpoint["classes"] and made_with == ckpt:
-        raise common.InputError(f"{path}: the set was made with other classes than {args.ckpt} has, or in another order; "
-                                "expected the dataset.json of pretraining: run mgu_generate.py again")
+        raise common.InputError(f"{path}: the set was made with other classes than {args.ckpt} has, or in another "
+                                "order; expected the dataset.json of pretraining: run mgu_generate.py again")
     if made_with != ckpt and not (args.any_model and data.manifest.get("classes") == checkpoint["classes"]):
         others = "" if data.manifest.get("classes") == checkpoint["classes"] else ", of other classes,"
         raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}){others} than "
@@ -362,8 +362,8 @@ class Pasted(torch.utils.data.Dataset):
         for name, path in [*found.items(), *((f"{name}_mask", path) for name, path in masks.items())]:
             of = name.removesuffix("_mask")
             if name != of and (of not in masks or of not in found):
-                raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask in one of "
-                                        f"{', '.join(common.LABELS)} (--patches)")
+                raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask in one "
+                                        f"of {', '.join(common.LABELS)} (--patches)")
         self.patches = sorted((path, masks.get(name)) for name, path in found.items() if not name.endswith("_mask"))
         if not self.patches:
             raise common.InputError(f"{folder}: no image; expected some of {', '.join(common.IMAGES)} (--patches)")

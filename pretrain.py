@@ -305,7 +305,7 @@ def resume(run, settings, facts):
 
 
 def may_be_checkpoint(path):
-    """Whether a file is no other kind of zip: a checkpoint's holds a data.pkl, and a damaged one no list of contents."""
+    """Whether a file is no other kind of zip: a checkpoint's has a data.pkl, and a damaged one no list of contents."""
     if not zipfile.is_zipfile(path):
         return True
     with zipfile.ZipFile(path) as archive:
@@ -694,8 +694,9 @@ def training_scenes(args, checkpoint, root):
     """The training split as pretraining saw it: in its crop and scale."""
     usual = pretrained_with(checkpoint)
     with common.first_rank_first():
-        return common.same_classes(TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"],
-                                                  usual["scale"], args.seed), checkpoint)
+        scenes = TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"], usual["scale"],
+                                args.seed)
+        return common.same_classes(scenes, checkpoint)
 
 
 def pretrained_with(checkpoint):

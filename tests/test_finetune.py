@@ -314,7 +314,7 @@ def test_without_D_s_its_flags_are_refused(monkeypatch, capsys, flags):
     assert f"argument {flags[-2]}: has no effect with --" in capsys.readouterr().err
 
 
-# ──────────────────────────────── what a stage has from the checkpoint it starts from ────────────────────────────────
+# ───────────────────────────── what a stage has from the checkpoint it starts from ─────────────────────────────
 
 def test_other_classes_are_refused(aux, small, tmp_path):
     """Of a dataset.json whose names were reordered, or of another --root: a label is a place in the list of classes."""
