@@ -362,8 +362,8 @@ class Pasted(torch.utils.data.Dataset):
         for name, path in [*found.items(), *((f"{name}_mask", path) for name, path in masks.items())]:
             of = name.removesuffix("_mask")
             if name != of and (of not in masks or of not in found):
-                raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask in one "
-                                        f"of {', '.join(common.LABELS)} (--patches)")
+                raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask as "
+                                        f"{', '.join(common.LABELS)} (--patches)")
         self.patches = sorted((path, masks.get(name)) for name, path in found.items() if not name.endswith("_mask"))
         if not self.patches:
             raise common.InputError(f"{folder}: no image; expected some of {', '.join(common.IMAGES)} (--patches)")
