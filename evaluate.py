@@ -1554,7 +1554,11 @@ def labelled_anomalies(place, checkpoint, root):
         for item in (scenes[i] for i in range(len(scenes))):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
-        for name in common.load_json(Path(place) / "manifest.json")["samples"]:
+        manifest = Path(place) / "manifest.json"
+        if not manifest.exists():
+            raise common.InputError(f"{manifest}: no such file; expected a folder of mgu_generate.py, or one of "
+                                    f"{', '.join(common.SPLITS)} (--queries-from)")
+        for name in common.load_json(manifest)["samples"]:
             sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
                       if k in ("image", "label", "unknown")}
             yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]

@@ -407,7 +407,7 @@ def test_bad_test_sets(small, tmp_path):
 def test_thresholds_of_labels_without_classes(toy_root):
     """They come from f's own validation images, in the folder of --train-root where that has moved."""
     scenes = SimpleNamespace(classes=(), data="roadanomaly")
-    checkpoint = dict(data="toy", root="/nowhere", anomaly=None)
+    checkpoint = dict(data="toy", root="/nowhere", anomaly=None, classes=common.Scenes("toy", toy_root, "val").classes)
     found = evaluate.validation_scenes(scenes, checkpoint, str(toy_root))
     assert (found.split, len(found)) == ("val", len(common.Scenes("toy", toy_root, "val"))) and len(found)
     with pytest.raises(common.InputError, match="nowhere.*--train-root"):
