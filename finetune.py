@@ -620,7 +620,8 @@ def distill(args, f, checkpoint, root, device):
     arch = "fpn" if f.decoder else f.arch               # the same pyramid, without the queries
     student = common.bare(common.Segmenter(arch, args.student_backbone, f.num_classes, f.width))
     usual = "none" if pretrain.pretrained_with(checkpoint)["weights"] == "none" else "imagenet"
-    pretrain.load_backbone(student, args.student_weights or usual, "--student-weights")
+    if args.restart or not Path(args.out).exists():      # a run that goes on holds its weights
+        pretrain.load_backbone(student, args.student_weights or usual, "--student-weights")
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
     names = ("student_backbone", "student_weights", "epochs", "batch_size", "lr", "schedule", "bn", "seed")

@@ -398,6 +398,8 @@ def sheet_row(row, f, X, sample, cmap, device):
 def main():
     args = parse()
     device = common.setup(args.device)
+    if device.type != "cuda" and args.precision == "tf32":
+        raise common.InputError(f"--precision tf32: expected float32 on {device}, only a GPU rounds to TF32")
     tf32 = device.type == "cuda" and args.precision != "float32"
     if device.type == "cuda":
         deterministic()

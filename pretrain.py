@@ -872,7 +872,8 @@ def main():
     torch.manual_seed(args.seed % 2**63)
     f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width, args.classifier,
                          attention=args.attention, queries=args.queries, decoder_layers=args.decoder_layers)
-    load_backbone(f, args.weights)
+    if args.restart or not Path(args.out).exists():      # a run that goes on holds its weights
+        load_backbone(f, args.weights)
     f = f.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, f))
     common.say(f"{args.data} at {args.root}: {len(scenes)} training and {len(val)} validation images, "

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
@@ -294,8 +295,14 @@ def test_known_unknown(small, tmp_path):
 
 
 def test_pspnet(small, tmp_path):
-    run_ok("pretrain.py", "--root", small / "toy", "--arch", "pspnet", "--epochs", 1, "--batch-size", 2,
-           "--crop", 32, 48, folder=tmp_path, before=NO_FIGURES)
+    """And a run that is there needs the backbone's file no longer."""
+    torch.save(torchvision.models.mobilenet_v3_large(weights=None).state_dict(), tmp_path / "backbone.pth")
+    command = ("pretrain.py", "--root", small / "toy", "--arch", "pspnet", "--epochs", 1, "--batch-size", 2,
+               "--crop", 32, 48, "--weights", "backbone.pth")
+    run_ok(*command, folder=tmp_path, before=NO_FIGURES)
+    (tmp_path / "backbone.pth").unlink()
+    assert "pretrained.pt is complete" in run_ok(*command, folder=tmp_path, before=NO_FIGURES).out
+    one_line(run(*command, "--restart", folder=tmp_path), "backbone.pth")
     run_ok("mgu_generate.py", "--per-class", 1, "--max-steps", 1, folder=tmp_path, before=NO_FIGURES)
     checkpoint = torch.load(tmp_path / "pretrained.pt", weights_only=True)
     assert checkpoint["arch"] == "pspnet" and any("branches" in k for k in checkpoint["model"])
@@ -431,6 +438,7 @@ def test_mistakes_are_one_line(aux, small, tmp_path):
             ("pretrain.py", *tiny, "--device", "gpu", "--device gpu: expected cuda"),
             ("pretrain.py", *tiny, "--out", "file/p.pt", "file"),
             ("mgu_generate.py", "--ckpt", "nowhere.pt", "nowhere.pt: no such file"),
+            ("mgu_generate.py", "--ckpt", ckpt, "--device", "cpu", "--precision", "tf32", "--precision tf32"),
             ("mgu_generate.py", "--ckpt", "text.pt", "text.pt"),
             ("mgu_generate.py", "--ckpt", "cut.pt", "cut.pt"),
             ("mgu_generate.py", "--ckpt", "newer.pt", "format 2"),
