@@ -9,7 +9,7 @@
     <!-- table hardware toy -->…<!-- /table -->            what the rows of a test set were computed with, and when
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
     <!-- table remedies camvid -->…<!-- /table -->         the same rule on streets of two kinds
-    <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled; of systems one row each
+    <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled
     <!-- table layers camvid -->…<!-- /table -->           what layers.py found (layers.json)
     <!-- table alarms camvid -->…<!-- /table -->           what alarms.py found (alarms.json)
     <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
@@ -17,9 +17,9 @@
     <!-- table real idd_lite per_image -->…<!-- /table --> the study real (or realchoice): AUPR over MSP's with an
                                                            interval, on each test of a training set; or pooled,
                                                            fpr95, objects
-    <!-- table summary real -->…<!-- /table -->            every row on every test, AUPR per image over MSP's; bold
-                                                           where its two intervals are on one side of 1
     <!-- table real idd_lite per_image recipe -->…         the same over another row's
+    <!-- table summary systems -->…<!-- /table -->         every system on every test, AUPR per image over MSP's; bold
+                                                           where its two intervals are on one side of 1
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
@@ -241,21 +241,12 @@ def hardware(test):
     return "".join(f"* {device}: {len(dates)} rows, {min(dates)} to {max(dates)}\n" for device, dates in used.items())
 
 
-# One row of each system and the controls that it needs: the main README's table
-SHORT = ("entropy", "energy", "knn", "cknn", "recipe", "recipe_entropy", "recipe_knn", "clean", "dh_mgu", "dh_paste",
-         "dh_inlier", "pasted_kl", "noisy_msp", "rnvp_entropy", "rnvp_no_entropy", "pans", "pans_recipe", "pgan",
-         "tradi", "ensemble", "dicnet", "dicnet_4", "m2f", "m2f_recipe", "m2f_margin", "m2f_margin_published", "margin",
-         "maskomaly_queries", "synthcp")
-
-
-def both(tests, study):
+def both(tests):
     """Toy beside CamVid: factor of pooled AUPR over MSP of the same seed, points of FPR95 and mIoU against it."""
-    lines, prefix = [], "systems_" if study == "systems" else ""
-    for name, label, *_ in experiments.STUDIES[study][1:]:
-        if study == "systems" and name not in SHORT:
-            continue
+    lines = []
+    for name, label, *_ in experiments.STUDIES["main"][1:]:
         cells = []
-        for test in (tests.get(prefix + "toy"), tests.get(prefix + "camvid")):
+        for test in (tests.get("toy"), tests.get("camvid")):
             factors = against(test, name, "pooled", "aupr") if test else []
             gains = [against(test, name, *of, factor=False) if test else []
                      for of in (("pooled", "fpr95"), ("miou",))]
@@ -326,25 +317,36 @@ def settled(test, name, reference="msp"):
     return None not in sum(ends, ()) and (min(low for low, _ in ends) > 1 or max(high for _, high in ends) < 1)
 
 
-def summary(tests, study):
-    """Every row on every test of both training sets: AUPR per image over MSP's; bold where it is settled."""
+# Variations of the recipe and of the systems: on the results page alone
+VARIANTS = {"clean_mix", "images60", "eta2", "eta10", "augmented", "augmented_mix", "kl0.05", "kl0.1", "frozen",
+            "early", "early_recipe", "dh_paste_msp", "dh_decoy", "noisy_plain", "noisy_frozen", "pans_msp", "pgan_one",
+            "dicnet_fifth", "synthcp_1", "synthcp_0.9",
+            *(name for *_, scores in experiments.REAL_ALPHAS for name, _ in scores.values())}
+ALL_TESTS = {   # of every system: what the column is called
+    "systems_toy": "toy", "systems_camvid": "CamVid: bicyclist", "camvid_pasted": "CamVid: pasted",
+    "camvid_roadanomaly": "RoadAnomaly", "camvid_roadobstacle21": "RoadObstacle21",
+    "camvid_fishyscapes_static": "Fishyscapes Static", "idd_lite_pasted": "IDD Lite: pasted",
+    "idd_lite_roadanomaly": "RoadAnomaly", "idd_lite_roadobstacle21": "RoadObstacle21",
+    "idd_lite_fishyscapes_static": "Fishyscapes Static"}
+
+
+def summary(tests):
+    """Every system on every test: AUPR per image over MSP's, with the number of seeds where it is not three; bold where
+    it is settled. mIoU: points against MSP, of each of the four models f."""
     rows = []
-    for name, label, *_ in experiments.STUDIES[study]:
-        cells, seeds = [], []
-        for data in ("camvid", "idd_lite"):
-            columns = [tests.get(f"{data}_{test}", dict(rows={})) for test in ("pasted", *experiments.PHOTOGRAPHS)]
-            there = [len(by_seed(test, name, "per_image", "aupr")) for test in columns]
-            seeds.append(max(there))
-            for test, n in zip(columns, there):
-                mark = "**" * (n > 0 and settled(test, name))
-                cells.append(f"{mark}× {compare(test, name, 'msp', 'per_image')[0]:.2f}{mark}" if n else "")
-            gains = [gain for test in columns for gain in against(test, name, "miou", factor=False)]
-            cells.append(mean(gains, "{:+.1f}") if gains else "")
-        if any(seeds) and name != "msp":
-            rows.append([label.replace("**", ""), ", ".join(str(n or "–") for n in seeds), *cells])
-    names = ["pasted", "RoadAnomaly", "RoadObstacle21", "Fishyscapes Static", "mIoU"]
-    return lines_of(["AUPR over MSP", "seeds", *(f"CamVid: {names[0]}", *names[1:]),
-                     *(f"IDD Lite: {names[0]}", *names[1:])], rows) if rows else f"{ABSENT}\n"
+    for name, label, *_ in experiments.STUDIES["real"][1:]:
+        cells, points = [], []
+        for key in ALL_TESTS:
+            test = tests.get(key, dict(rows={}))
+            n = len(by_seed(test, name, "per_image", "aupr"))
+            mark = "**" * (n > 0 and settled(test, name))
+            cells.append(f"{mark}× {compare(test, name, 'msp', 'per_image')[0]:.2f}{mark}" + f" ({n})" * (n != 3)
+                         if n else "")
+            if key.endswith(("toy", "camvid", "pasted")):
+                points.append(mean(against(test, name, "miou", factor=False), "{:+.1f}") if n else "–")
+        if any(cells) and name not in VARIANTS:
+            rows.append([label.replace("**", ""), *cells, ", ".join(points)])
+    return lines_of(["AUPR over MSP", *ALL_TESTS.values(), "mIoU"], rows) if rows else f"{ABSENT}\n"
 
 
 def real_cell(test, name, reference, group):
@@ -410,11 +412,11 @@ def table(tests, words):
     if kind == "choice":
         return choice(tests, name)
     if kind == "summary":
-        return summary(tests, name)
+        return summary(tests)
     if kind == "remedies":
         return remedies(tests, name)
     if kind == "both":
-        return both(tests, name)
+        return both(tests)
     if kind == "photographs":
         return photographs(tests[kind], name) if kind in tests else f"{ABSENT}\n"
     if kind in experiments.HALVES:
