@@ -309,6 +309,9 @@ def test_collect(tmp_path):
             log.parent.mkdir(exist_ok=True)
             log.write_text("settings: loss kl (recipe) · alpha 0.3 (flag) · crop (108, 192) (recipe) · seed 0\n")
             experiments.log_of(node, ".ok").write_text(json.dumps(dict(flags=node["flags"], seconds=1)))
+            if node["script"] == "pretrain.py":
+                told = dict(step=1, loss=2.), dict(epoch=1, miou=40. + seed), dict(epoch=2, miou=50.06)
+                node["makes"].with_suffix(".jsonl").write_text("\n".join(map(json.dumps, told)))
             metrics = dict(aupr=10. + seed, auroc=80., fpr95=50., fpr95_first=50.1)
             node["makes"].write_text(json.dumps(dict(
                 pooled=metrics, per_image=None, miou=70.5, environment=dict(device="a GPU", torch="2"),
@@ -327,6 +330,7 @@ def test_collect(tmp_path):
     assert recipe["settings"] == {"loss": "kl", "alpha": "0.3", "crop": "(108, 192)", "seed": "0"}
     assert found["mgu"][0]["flip_rate"] == 99.8 and found["protocol"]["quick"]["base_rate"] == 2.5
     assert tables.number(tables.load(tmp_path), "quick recipe pooled aupr") == "10.50"
+    assert found["curves"][1] == dict(data="toy", seed=1, f="pretrained", miou={"1": 41, "2": 50.1})
 
 
 # ────────────────────────────────────────────────── tables.py ──────────────────────────────────────────────────
@@ -487,6 +491,16 @@ def test_table_of_the_study_on_real_unknowns(real_numbers):
     for (name, seed), row in real_numbers["idd_lite_pasted"]["rows"].items():
         row["pooled"]["aupr"] = (3 - (name == "msp")) * (1 + 0.01 * seed * (name == "msp"))     # × 1.5, nearly as much
     assert "| **× 1.50** (2) | × 1.50 (1) |" in tables.table(real_numbers, "summary systems")
+
+
+def test_table_of_curves(real_numbers):
+    assert real_numbers["curves"]["rows"] == [] and tables.table(real_numbers, "curves camvid") == "not run\n"
+    rows = [dict(data="camvid", seed=1, f="b", miou={str(e): e + 0.25 for e in range(1, 21)}),
+            dict(data="camvid", seed=0, f="b", miou={"2": 5.0}), dict(data="toy", seed=0, f="a", miou={"1": 5.0})]
+    head, _, first, second = tables.table({"curves": dict(rows=rows)}, "curves camvid").splitlines()
+    shown = [2, 4, 6, 8, 10, 12, 14, 16, 17, 18, 19, 20]
+    assert head == f"| f | seed | {' | '.join(f'epoch {e}' for e in shown)} |"
+    assert first == "| b | 0 | 5.0 |" + "  |" * 11 and second == f"| b | 1 | {' | '.join(f'{e}.2' for e in shown)} |"
 
 
 def test_seeds_of_one_row_ran_alike(numbers):

@@ -589,8 +589,11 @@ def collect(study, nodes, out):
     mgu = {(m["data"], m["seed"], m["set"]): m for m in found.get("mgu", [])}
     rows = {(r["data"], r["seed"], r["test"], r["name"]): r for r in found.get("rows", [])
             if (r["data"], r["test"], r["name"], r["flags"]) in stands or r["data"] not in {s[0] for s in stands}}
-    protocol = found.get("protocol", {})
+    protocol, curves = found.get("protocol", {}), {(c["data"], c["seed"], c["f"]): c for c in found.get("curves", [])}
     for node in nodes:
+        if node["script"] == "pretrain.py" and finished(node):
+            curve = curve_of(node)
+            curves[curve["data"], curve["seed"], curve["f"]] = curve
         if not node["final"] or not finished(node):
             continue
         tuned = by_name[node["needs"][-1]]
@@ -612,11 +615,19 @@ def collect(study, nodes, out):
     one = lambda value: json.dumps(value, ensure_ascii=False)     # one line of the file each
     lists = [f' "{key}": [\n  ' + ",\n  ".join(map(one, part)) + "\n ]"
              for key, part in (("mgu", sorted(mgu.values(), key=lambda m: (m["data"], m["set"], m["seed"]))),
-                               ("rows", ordered))]
+                               ("curves", [curves[key] for key in sorted(curves)]), ("rows", ordered))]
     text = ",\n".join([f' "study": "{study}"', f' "protocol": {one(protocol)}', *lists])
     out.with_suffix(".tmp").write_text(f"{{\n{text}\n}}\n")
     os.replace(out.with_suffix(".tmp"), out)
     print(f"wrote {out}: {len(ordered)} rows")
+
+
+def curve_of(node):
+    """dict(data, seed, f: its checkpoint, miou: {epoch: mIoU of the validation images in percent}) of a pretraining."""
+    log = node["makes"].with_suffix(".jsonl")
+    told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return dict(data=node["flags"][node["flags"].index("--data") + 1], seed=int(node["folder"].name),
+                f=node["makes"].stem, miou={line["epoch"]: round(line["miou"], 1) for line in told if "miou" in line})
 
 
 def rows_of(node, settings):

@@ -10,6 +10,7 @@
     <!-- table choice toy -->…<!-- /table -->              what choose.py's rule sees of a data set, and what it takes
     <!-- table remedies camvid -->…<!-- /table -->         the same rule on streets of two kinds
     <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled
+    <!-- table curves camvid -->…<!-- /table -->           validation mIoU of f by epoch (real.json)
     <!-- table layers camvid -->…<!-- /table -->           what layers.py found (layers.json)
     <!-- table alarms camvid -->…<!-- /table -->           what alarms.py found (alarms.json)
     <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
@@ -69,7 +70,10 @@ def load(folder=HERE):
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
     others = [Path(folder, f"{name}.json") for name in ("photographs", "layers", "alarms")]
-    return tests | {path.stem: json.loads(path.read_text()) for path in others if path.exists()}
+    real = Path(folder, "real.json")
+    curves = json.loads(real.read_text()).get("curves", []) if real.exists() else []
+    return tests | {path.stem: json.loads(path.read_text()) for path in others if path.exists()} | \
+        {"curves": dict(rows=curves)}
 
 
 # ───────────────────────────────────────────── numbers of seeds ─────────────────────────────────────────────
@@ -378,6 +382,16 @@ def photographs(found, group):
     return lines_of(["trained on", "score", *evaluation["protocol"]], rows)
 
 
+def curves(data, rows):
+    """Validation mIoU of f after about every tenth of its epochs, and after the last five; a row a seed."""
+    rows = sorted((row for row in rows if row["data"] == data), key=lambda row: (row["f"], row["seed"]))
+    epochs = sorted({int(epoch) for row in rows for epoch in row["miou"]})
+    shown = [e for e in epochs if e % max(1, len(epochs) // 10) == 0 or e > epochs[-1] - 5]
+    return lines_of(["f", "seed", *(f"epoch {e}" for e in shown)], [
+        [row["f"], str(row["seed"]), *(f"{row['miou'][str(e)]:.1f}" if str(e) in row["miou"] else "" for e in shown)]
+        for row in rows]) if rows else f"{ABSENT}\n"
+
+
 def layers(data, rows):
     """layers.json: mean ± deviation over the seeds."""
     found = {}
@@ -407,6 +421,8 @@ def table(tests, words):
     kind, name, *more = words.split()
     if kind == "alarms":
         return alarms(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
+    if kind == "curves":
+        return curves(name, tests[kind]["rows"])
     if kind == "layers":
         return layers(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "choice":
