@@ -1,6 +1,7 @@
 """Choosing sets with pasted objects; the graph of the experiments and its running; tables and numbers of READMEs."""
 import importlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -621,6 +622,23 @@ def test_the_published_plot_is_of_the_published_numbers():
     for data, rows in drawn.items():
         for name, points in rows.items():
             np.testing.assert_allclose(points, found[data][name], rtol=0.01, err_msg=f"{data} {name}: run plot.py")
+
+
+@pytest.mark.parametrize("page", tables.FILES, ids=("main", "results"))
+def test_links_lead_somewhere(page):
+    """Every relative link of a page names a file that is there and, behind a #, one of its headings."""
+    def anchors(path):
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+             if not link.startswith("http")]
+    assert len(links) > 3
+    for link in links:
+        file, _, anchor = link.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
 
 
 def test_lines_fit_the_page():
