@@ -487,6 +487,7 @@ def test_table_of_the_study_on_real_unknowns(real_numbers):
     for words, expected in {"aupr over msp": "× 1.39", "aupr against msp": "× 1.39 [0.22, 8.62]", "aupr over clean":
                             "not run", "fpr95 against msp": "−5.0 [−17.7, +7.7]"}.items():
         assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled {words}") == expected
+    assert tables.number(real_numbers, "idd_lite_pasted recipe miou against msp") == "−1.0 [−1.0, −1.0]"
     with pytest.raises(ValueError):
         tables.number(real_numbers, "idd_lite_pasted recipe miou over msp")
     for (name, seed), row in real_numbers["idd_lite_pasted"]["rows"].items():

@@ -25,8 +25,8 @@
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
 if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean; factor-by-seed, gain-by-seed; least:
-of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 in
-points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
+of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 and
+mIoU in points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
 protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json, `alarms camvid recipe roadanomaly known`
 of alarms.json. What the files do not hold is "not run".
 """
@@ -165,7 +165,7 @@ def number(tests, words):
     of = words[1:3] if words[2:3] == ["miou"] else words[1:4]
     how = words[1 + len(of):] or ["mean"]
     pair = how[0] in ("over", "against")
-    paired = [["pooled", "aupr"], ["per_image", "aupr"], ["pooled", "fpr95"]][:2 + (how[0] == "against")]
+    paired = [["pooled", "aupr"], ["per_image", "aupr"]] + [["pooled", "fpr95"], ["miou"]] * (how[0] == "against")
     if len(how) != 1 + pair or pair and of[1:] not in paired or \
             of[0] not in {name for name, *_ in experiments.STUDIES[test["study"]]} or \
             of[1:] != ["miou"] and (of[1:2] not in (["pooled"], ["per_image"]) or of[2:] not in [[m] for m in METRICS]):
@@ -174,7 +174,7 @@ def number(tests, words):
     if not values or pair and not by_seed(test, *of).keys() & by_seed(test, how[1], *of[1:]).keys():
         return ABSENT
     if how[0] == "against":
-        return real_cell(test, of[0], how[1], "fpr95" if of[2] == "fpr95" else of[1]) or ABSENT
+        return real_cell(test, of[0], how[1], of[1] if of[-1] == "aupr" else of[-1]) or ABSENT
     if pair:
         return "× " + form.format(compare(test, of[0], how[1], of[1])[0])
     factors, gains = against(test, *of), against(test, *of, factor=False)
@@ -360,8 +360,8 @@ def real_cell(test, name, reference, group):
         return " / ".join(mean([row["objects"][k] for row in found]) for k in experiments.OBJECTS) if found else None
     if not {r["seed"] for r in found} & {r["seed"] for r in base}:
         return None
-    if group == "fpr95":
-        points = against(test, name, "pooled", "fpr95", reference, factor=False)
+    if group in ("fpr95", "miou"):
+        points = against(test, name, "miou" if group == "miou" else "pooled", group, reference, factor=False)
         margin = t_margin(points)
         ends = [] if margin is None else [mean([statistics.mean(points) + d], "{:+.1f}") for d in (-margin, margin)]
         return mean(points, "{:+.1f}") + (f" [{ends[0]}, {ends[1]}]" if ends else "")
