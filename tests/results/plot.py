@@ -24,7 +24,8 @@ KINDS = {   # label of the kind: its colour, {row: short label}
         "recipe": "the recipe", "recipe_entropy": "the recipe, entropy", "paper": "L_ER, α = 0.05",
         "mix_train": "training images mixed in", "augmented": "X augmented"}),
     "controls": ("tab:red", {
-        "clean": "L_k alone", "still": "X unmoved", "noise": "shuffled", "sign": "random signs", "other": "MGU of another f"}),
+        "clean": "L_k alone", "still": "X unmoved", "noise": "shuffled", "sign": "random signs",
+        "other": "MGU of another f"}),
     "related systems": ("tab:orange", {
         "dh_mgu": "DenseHybrid, D_s of MGU", "rnvp_entropy": "Real NVP, entropy", "pgan": "PGAN",
         "m2f": "mask classification", "margin": "Mask2Anomaly's loss"}),
