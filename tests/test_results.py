@@ -418,6 +418,11 @@ def test_table_of_alarms(numbers):
     assert tables.number(tests, "alarms camvid recipe roadanomaly known") == "not run"
     (numbers / "alarms.json").unlink()
     assert tables.table(tables.load(numbers), "alarms camvid") == "not run\n"
+    rows = [dict(trained_on="camvid", row=row, seed=seed, right=100, wrong=10 + seed, max_softmax=0.5)
+            for row in ("sign", "noise") for seed in (0, 1)]
+    (numbers / "crossed.json").write_text(json.dumps(dict(rows=rows)))
+    assert tables.number(tables.load(numbers), "crossed camvid sign wrong") == "10.5"
+    assert tables.number(tables.load(numbers), "crossed camvid still wrong") == "not run"
 
 
 def test_bootstrap_against_the_normal_case():

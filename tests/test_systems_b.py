@@ -485,6 +485,32 @@ def test_alarms_agree_with_the_operating_point(small, tmp_path):
     assert done.code == 1 and "none.pt" in done.err and done.err.count("\n") == 1, done.err
 
 
+def test_sides_of_the_boundary(small, tmp_path):
+    """f has D_s right on X and wrong on X', by its choice; the share with random signs is counted here once more."""
+    shutil.copy(small / "pretrained.pt", tmp_path)
+    run_ok("mgu_generate.py", "--ckpt", "pretrained.pt", "--per-class", 1, "--max-steps", 8, "--step-size", 20,
+           folder=tmp_path)
+    shutil.copytree(tmp_path / "auxiliary", tmp_path / "auxiliary_other")
+    run_ok("tests/results/crossed.py", tmp_path, "--out", tmp_path / "crossed.json", folder=tmp_path)
+    rows = {r["row"]: r for r in json.loads((tmp_path / "crossed.json").read_text())["rows"]}
+    assert [(rows[name]["right"], rows[name]["wrong"]) for name in ("recipe", "still", "other")] == [
+        (100, 100), (100, 0), (100, 100)]
+    f, checkpoint = common.load_checkpoint(tmp_path / "pretrained.pt")
+    seed = checkpoint["settings"]["seed"]
+    data = finetune.AuxiliarySet(tmp_path / "auxiliary", small / "toy", seed, "flipped", "sign")
+    wrong, sure = [], []
+    for i, name in enumerate(data.names):
+        item, y = data[0, i], int(np.load(tmp_path / "auxiliary" / name)["y"])
+        with torch.no_grad():
+            S = torch.softmax(f(item["image"][None].float() / 255).double(), 1)[0][:, item["unknown"]]
+        wrong += (S.argmax(0) != y).tolist()
+        sure += S.amax(0).tolist()
+    assert 0 < np.mean(wrong) < 1 and rows["sign"]["wrong"] == pytest.approx(100 * np.mean(wrong), abs=0.01)
+    assert rows["sign"]["max_softmax"] == pytest.approx(np.mean(sure), abs=1e-3)
+    done = run("tests/results/crossed.py", tmp_path / "none", folder=tmp_path)
+    assert done.code == 1 and "none" in done.err and done.err.count("\n") == 1, done.err
+
+
 # ─────────────────────────────────────────────────── TRADI ───────────────────────────────────────────────────
 
 def test_the_gains_follow_the_recursion_and_settle():

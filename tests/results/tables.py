@@ -28,7 +28,7 @@ if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean
 of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 and
 mIoU in points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
 protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json, `alarms camvid recipe roadanomaly known`
-of alarms.json. What the files do not hold is "not run".
+of alarms.json, `crossed camvid sign wrong` of crossed.json. What the files do not hold is "not run".
 """
 import functools
 import json
@@ -69,7 +69,7 @@ def load(folder=HERE):
                         for (n, _), r in test["rows"].items() if n == row_name}
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
-    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers", "alarms")]
+    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers", "alarms", "crossed")]
     real = Path(folder, "real.json")
     curves = json.loads(real.read_text()).get("curves", []) if real.exists() else []
     return tests | {path.stem: json.loads(path.read_text()) for path in others if path.exists()} | \
@@ -156,6 +156,9 @@ def number(tests, words):
         return mean([row[of[0]][of[1]]], form)
     if words[0] == "alarms":
         return mean([r[words[4]] for r in test["rows"] if [r[k] for k in ("trained_on", "row", "data")] == words[1:4]],
+                    f"{{:.{1 if digits is None else digits}f}}")
+    if words[0] == "crossed":
+        return mean([r[words[3]] for r in test["rows"] if [r[k] for k in ("trained_on", "row")] == words[1:3]],
                     f"{{:.{1 if digits is None else digits}f}}")
     if words[1] == "mgu" and len(words) == 4:
         return mean([m[words[3]] for m in test["mgu"] if m["set"] == words[2]], form)
