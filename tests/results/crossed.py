@@ -8,7 +8,6 @@
 """
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -58,8 +57,7 @@ def main():
             rows[key(row)] = row
             print(*row.values(), flush=True)
     text = ",\n".join(f"  {json.dumps(rows[k])}" for k in sorted(rows))
-    out.with_suffix(".tmp").write_text(f'{{\n "rows": [\n{text}\n ]\n}}\n')
-    os.replace(out.with_suffix(".tmp"), out)
+    common.write_bytes(out, f'{{\n "rows": [\n{text}\n ]\n}}\n'.encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ scikit-learn's.
 """
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -91,8 +90,7 @@ def main():
             print(*key, layer, how, aupr, flush=True)
     order = lambda key: (key[0], list(LAYERS).index(key[2]), key[3], key[1])
     text = ",\n".join(f"  {json.dumps(rows[key])}" for key in sorted(rows, key=order))
-    out.with_suffix(".tmp").write_text(f'{{\n "rows": [\n{text}\n ]\n}}\n')
-    os.replace(out.with_suffix(".tmp"), out)
+    common.write_bytes(out, f'{{\n "rows": [\n{text}\n ]\n}}\n'.encode())
 
 
 if __name__ == "__main__":
