@@ -325,7 +325,7 @@ def settled(test, name, reference="msp"):
 
 
 # Variations of the recipe and of the systems: on the results page alone
-VARIANTS = {"clean_mix", "images60", "eta2", "eta10", "augmented", "augmented_mix", "kl0.05", "kl0.1", "frozen",
+VARIANTS = {"clean_mix", "eta2", "eta10", "augmented", "augmented_mix", "kl0.05", "kl0.1", "frozen",
             "early", "early_recipe", "dh_paste_msp", "dh_decoy", "noisy_plain", "noisy_frozen", "pans_msp", "pgan_one",
             "dicnet_fifth", "synthcp_1", "synthcp_0.9",
             *(name for *_, scores in experiments.REAL_ALPHAS for name, _ in scores.values())}
