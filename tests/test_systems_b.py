@@ -425,7 +425,8 @@ def test_the_teacher_stays_as_it_is(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
     args = argparse.Namespace(ckpt=str(small / "pretrained.pt"), student_backbone="mobilenet_v3_large", seed=0, lr=1e-3,
-                              student_weights=None, epochs=1, batch_size=2, schedule="constant", bn="train")
+                              student_weights=None, epochs=1, batch_size=2, schedule="constant", bn="train",
+                              restart=False, out="student.pt")
     before, losses = {k: v.clone() for k, v in f.state_dict().items()}, []
 
     def train(student, scenes, *args, objective=None, **more):
