@@ -11,7 +11,6 @@ The threshold flags 5 % of the labelled pixels of f's own validation images, whi
 --operating-point 0.95`, but here they are seen at their own size. Pixels without a class count in neither share.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import common
 import evaluate
+import experiments
 
 FLAGGED = 0.05     # of the validation images' pixels
 
@@ -57,7 +57,7 @@ def main():
     args = parse()
     out = Path(args.out)
     key = lambda row: tuple(row[k] for k in ("trained_on", "row", "seed", "data"))
-    rows = {key(r): r for r in (json.loads(out.read_text())["rows"] if out.exists() else [])}
+    rows = experiments.rows_in(out, key)
     tests = {data: common.Scenes(data, Path(root), "test") for data, root in zip(args.data, args.root)}
     for path in args.ckpt:
         f, checkpoint = common.load_checkpoint(path)
@@ -80,8 +80,7 @@ def main():
                        known=known, anomalous=anomalous)
             rows[key(row)] = row
             print(*row.values(), flush=True)
-    text = ",\n".join(f"  {json.dumps(rows[k])}" for k in sorted(rows))
-    common.write_bytes(out, f'{{\n "rows": [\n{text}\n ]\n}}\n'.encode())
+    experiments.write_rows(out, [rows[k] for k in sorted(rows)])
 
 
 if __name__ == "__main__":

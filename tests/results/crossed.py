@@ -7,15 +7,15 @@
            wrong: share of D_s that f has wrong on what fine-tuning sees, max_softmax: mean of max S over D_s there)
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import common
+import experiments
 import finetune
 
 # name of a row of experiments.py: (folder of the set, --images of finetune.py)
@@ -46,7 +46,7 @@ def main():
     args = p.parse_args()
     out = Path(args.out)
     key = lambda row: tuple(row[k] for k in ("trained_on", "row", "seed"))
-    rows = {key(r): r for r in (json.loads(out.read_text())["rows"] if out.exists() else [])}
+    rows = experiments.rows_in(out, key)
     for folder in map(Path, args.folder):
         f, checkpoint = common.load_checkpoint(folder / "pretrained.pt")
         root, seed = common.data_root(None, checkpoint), checkpoint["settings"]["seed"]
@@ -56,8 +56,7 @@ def main():
                        max_softmax=round(confidence, 4))
             rows[key(row)] = row
             print(*row.values(), flush=True)
-    text = ",\n".join(f"  {json.dumps(rows[k])}" for k in sorted(rows))
-    common.write_bytes(out, f'{{\n "rows": [\n{text}\n ]\n}}\n'.encode())
+    experiments.write_rows(out, [rows[k] for k in sorted(rows)])
 
 
 if __name__ == "__main__":

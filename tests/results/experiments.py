@@ -617,9 +617,23 @@ def collect(study, nodes, out):
              for key, part in (("mgu", sorted(mgu.values(), key=lambda m: (m["data"], m["set"], m["seed"]))),
                                ("curves", [curves[key] for key in sorted(curves)]), ("rows", ordered))]
     text = ",\n".join([f' "study": "{study}"', f' "protocol": {one(protocol)}', *lists])
-    out.with_suffix(".tmp").write_text(f"{{\n{text}\n}}\n")
-    os.replace(out.with_suffix(".tmp"), out)
+    write(out, f"{{\n{text}\n}}\n")
     print(f"wrote {out}: {len(ordered)} rows")
+
+
+def write(out, text):
+    out.with_suffix(".tmp").write_text(text)
+    os.replace(out.with_suffix(".tmp"), out)
+
+
+def rows_in(out, key):
+    """{key(row): row} of the file of alarms.py, crossed.py or layers.py, empty where there is none yet."""
+    return {key(row): row for row in (json.loads(out.read_text())["rows"] if out.exists() else [])}
+
+
+def write_rows(out, rows):
+    """The file that rows_in() reads: one line a row."""
+    write(out, '{\n "rows": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]\n}\n")
 
 
 def curve_of(node):

@@ -9,7 +9,6 @@ Everything but the map is as in `evaluate.py --score knn`: k = 3, --images and -
 scikit-learn's.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,9 +18,10 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import common
 import evaluate
+import experiments
 
 LAYERS = {   # name: what f gives for it
     "embedding": lambda f, maps: f.head(maps),
@@ -72,8 +72,7 @@ def parse(argv=None):
 def main():
     args = parse()
     out = Path(args.out)
-    rows = {tuple(r[k] for k in ("data", "seed", "layer", "upsampling")): r
-            for r in (json.loads(out.read_text())["rows"] if out.exists() else [])}
+    rows = experiments.rows_in(out, lambda row: tuple(row[k] for k in ("data", "seed", "layer", "upsampling")))
     scenes = common.Scenes(args.data, args.root, "test")
     labels = [item["label"].numpy() == common.ANOMALY for item in scenes]
     for path in args.ckpt:
@@ -89,8 +88,7 @@ def main():
             rows[*key, layer, how] = dict(data=key[0], seed=key[1], layer=layer, upsampling=how, aupr=aupr)
             print(*key, layer, how, aupr, flush=True)
     order = lambda key: (key[0], list(LAYERS).index(key[2]), key[3], key[1])
-    text = ",\n".join(f"  {json.dumps(rows[key])}" for key in sorted(rows, key=order))
-    common.write_bytes(out, f'{{\n "rows": [\n{text}\n ]\n}}\n'.encode())
+    experiments.write_rows(out, [rows[k] for k in sorted(rows, key=order)])
 
 
 if __name__ == "__main__":
