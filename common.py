@@ -6,7 +6,8 @@ Data"; equation, section, table and figure numbers are the paper's.
     paper                 here               shape, type, range
     f                     Segmenter          images (B, 3, H, W) float in [0, 1] → logits (B, N, H, W)
     X, X'                 X, X_aux           (B, 3, H, W); a grey level is 1/255
-    Z                     Z                  (B, H, W) uint8: 0..N-1, 255 = ignored, 254 = anomaly (test only)
+    Z                     Z                  (B, H, W) uint8: 0..N-1, 255 = ignored; not in training: 254 = anomaly,
+                                             252 = known, of a class that the labels do not tell
     N, z = 1/N            N, z               number of known classes; probability under uniformity
     S_i (Eq. 1)           S, log_S           (B, N, H, W) softmax over the classes, and its logarithm
     ỹ                     y                  adversarial class of an auxiliary image
@@ -67,7 +68,7 @@ class InputError(Exception):
 
 # ──────────────────── settings: flag > --method > the dataset's recipe > the default ────────────────────
 
-PAPER = {   # Section IV-A
+PAPER = {   # Section IV-A; loss: the best of Table II
     "pretrain": dict(arch="deeplabv3", epochs=1000, batch_size=256, lr=1e-4),
     "mgu": dict(per_class=300),
     "finetune": dict(epochs={"deeplabv3": 10, "pspnet": 30},
@@ -89,7 +90,7 @@ OURS = {    # ASSUMPTION: not in the paper; the README gives the reason of each 
 }
 RECIPES = {  # what differs from the two tables above. toy and camvid are sized for two CPU cores, and what the paper
              # leaves open was chosen for them on other images than the test images (tests/results/README.md); idd_lite
-             # has the latter of camvid
+             # takes these choices from camvid
     "streethazards": {},
     "bdd": {},
     "camvid": {
@@ -426,8 +427,8 @@ def loss_er(log_S, r=None):
     """L_ER per pixel (B, H, W), in [0, 100]: 0 at the uniform distribution, 1/0.01 at a one-hot one.
 
     r defaults to 0.01 · H_max (Sec. IV-A). log_S (B, N, H, W).
-    One α does not mean the same for both losses: |∂L_ER/∂z_top| is 0.75, 4.1, 21.6, 0.07 where max S is 0.65, 0.93,
-    0.996, 1 − 10⁻⁶ and the rest is spread evenly (N = 12); |∂L_KL/∂z_top| is max S − 1/N."""
+    One α does not mean the same for both losses: |∂L_ER/∂f_top|, by the largest logit, is 0.75, 4.1, 21.6, 0.07
+    where max S is 0.65, 0.93, 0.996, 1 − 10⁻⁶ and the rest is spread evenly (N = 12); |∂L_KL/∂f_top| is max S − 1/N."""
     # ASSUMPTION: N of the dataset, where the paper says 12 (StreetHazards')
     H_max = math.log(log_S.shape[1])                  # −Σ_i z log z
     r = 0.01 * H_max if r is None else r

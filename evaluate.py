@@ -24,7 +24,7 @@ The folder holds one run: what an earlier one left there is removed (photographs
 
 Protocol (Sec. IV-B): anomalous pixels are the positives. ASSUMPTION: the paper does not say over what a metric is
 taken; each is given pooled (all pixels of the split) and as the mean over the images that hold anomalous pixels (as
-the CAOS code does, from which the baselines of Table II come). Metrics beyond the paper's: objects, as
+the CAOS code does, from which the baselines of Table II presumably come). Metrics beyond the paper's: objects, as
 SegmentMeIfYouCan counts them (--components), and open-set mIoU, DenseHybrid's (--open); both need thresholds, which are
 set from all images, and so a second pass over them.
 
@@ -89,7 +89,7 @@ def parse():
                    "other: the former are left out, as in DenseHybrid's; ignore: both are (default: negative; always "
                    "left out are ignored pixels of labels that tell no classes)")
     g.add_argument("--ignore-classes", nargs="+", metavar="CLASS", help="leave out the pixels of these classes "
-                   "(default: those of finetune.py --known-unknown, Sec. IV-C)")
+                   "(default: those of finetune.py --known-unknown)")
     g.add_argument("--size", nargs="+", type=common.real(0, above=True), metavar="H W",
                    help="pixels at which f sees an image, or one factor; metrics stay at the labels' own size "
                    "(default: its own)")
@@ -105,7 +105,7 @@ def parse():
                    help="open-mIoU, as DenseHybrid defines it, and with the threshold of the validation images")
     g.add_argument("--operating-point", type=common.real(0, above=True), metavar="RECALL",
                    help="the δ with this recall on the validation images; without anomalies there, the δ that flags "
-                   "1 − RECALL of them (default: none)")
+                   "1 − RECALL of their pixels (default: none)")
     g = p.add_argument_group("scores")
     g.add_argument("--score", nargs="+", default=["msp"],
                    choices=tuple(SCORES),
@@ -173,7 +173,7 @@ def score_msp(logits):
     """Maximum softmax probability, the paper's score (Eq. 2; Hendrycks & Gimpel, ICLR 2017): log(1 − max_i S_i).
 
     The same order as −max_i S_i, but no ties where float32 cannot tell the latter from −1:
-    log Σ_{j ≠ top} exp z_j − log Σ_j exp z_j. In (−∞, log(1 − 1/N)]."""
+    log Σ_{j ≠ top} exp f_j − log Σ_j exp f_j, with f_j the logits. In (−∞, log(1 − 1/N)]."""
     logits = logits.float()
     top = logits.argmax(1, keepdim=True)
     return logits.scatter(1, top, -math.inf).logsumexp(1) - logits.logsumexp(1)
@@ -334,6 +334,7 @@ def over_views(X, views, maps):
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
 
 # Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
+# ASSUMPTION: the paper names AUPR and the "FPR at 95 % true positive rate" without a formula. Here:
 #     aupr         step-wise average precision, as sklearn.metrics.average_precision_score
 #     auroc        area under the ROC curve, a tied positive/negative pair counting one half
 #     fpr95        FPR95: FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
@@ -445,9 +446,9 @@ def bin_floors(bins):
 class ScoreHistogram:
     """Pooled metrics over any number of pixels, in one pass and bounded memory.
 
-    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in a table of 2**24
-    bins a class (128 MiB). Both depend on the set of the scores alone, and counts are integers: any order, batching or
-    split over ranks gives identical results.
+    Up to `exact` pixels (64 MiB) are kept as they are, and the metrics are exact. More are counted in a table of BINS,
+    fewer than 2**24, bins a class (116 MiB). Both depend on the set of the scores alone, and counts are integers: any
+    order, batching or split over ranks gives identical results.
 
     Bins tie scores that differ by less than 2e-6 of their value (magnitudes in [1/8, 32); 8e-6 of it in [2**-20, 4096),
     1e-3 beyond). On scores of trained models the errors are below 0.001 points. They are not where most scores are
@@ -735,8 +736,11 @@ def ignored_labels(args, scenes, checkpoints):
     """(bool (256,): labels whose pixels are left out, names of the classes among them by choice)."""
     classes = next(iter(checkpoints.values()))["classes"]
     left_out = args.ignore_classes
-    if left_out is None:   # the pilot study's
+    # ASSUMPTION: the pilot study's classes count as neither known nor anomalous, for the baseline beside it too. The
+    # random-guess column of Table I (1.9, 1.6, 5.3, 1.5) fits that: the share of anomalies rises as pixels are left out
+    if left_out is None:
         left_out = sorted({k for c in checkpoints.values() for k in c.get("known_unknown") or ()})
+    # ASSUMPTION: pixels without a known class are negatives unless --unlabeled says otherwise, as in the CAOS code
     ignore = np.zeros(256, bool)
     ignore[common.class_indices(left_out, classes, "--ignore-classes")] = True
     if args.unlabeled != "negative" or not scenes.classes:   # labels of anomalies alone: outside the region of interest
@@ -826,7 +830,7 @@ class Tally:
         self.of_fold = {s: (ScoreHistogram(), ScoreHistogram()) for s in score_names if folds is not None}
         self.confusion = torch.zeros(N, N, dtype=torch.int64)
         # Pixels with max S in ((k − 1)/1000, k/1000], k = 0..1000: known and right, known, anomalous (Fig. 4)
-        self.threshold = np.zeros((3, 1001), np.int64)
+        self.top_counts = np.zeros((3, 1001), np.int64)
         self.images = {}                                 # index → {score: metrics or None}
 
     def add(self, index, scores, top, prediction, Z, ignored):
@@ -843,13 +847,13 @@ class Tally:
         self.confusion += common.confusion(torch.from_numpy(prediction), torch.from_numpy(Z), self.N)
         known = (Z < self.N) & keep
         bins = np.ceil(top * 1000).astype(np.int64).clip(0, 1000)
-        for row, mask in zip(self.threshold, (known & (prediction == Z), known, Z == common.ANOMALY)):
+        for row, mask in zip(self.top_counts, (known & (prediction == Z), known, Z == common.ANOMALY)):
             row += np.bincount(bins[mask], minlength=1001)
 
     def merge_ranks(self):
         """Gather the tally of all ranks on rank 0: counts are integers, so no number depends on how it was split."""
         common.all_sum(self.confusion)
-        self.threshold = common.all_sum(torch.from_numpy(self.threshold)).numpy()
+        self.top_counts = common.all_sum(torch.from_numpy(self.top_counts)).numpy()
         self.images = {k: v for part in common.gather(self.images) for k, v in part.items()}
         for histogram in [*self.histograms.values(), *(h for pair in self.of_fold.values() for h in pair)]:
             pixels = common.all_sum(torch.tensor(histogram.total.sum()))
@@ -985,7 +989,7 @@ def assess(models, scenes, checkpoints, calibrated, args, device):
                              for i in both}
     curves = [tallies[r["model"]].histograms[r["score"]].curve() for r in rows] if rows[0]["pooled"] else None
     return dict(protocol=protocol, rows=rows, curves=curves, counts=counts,
-                flagged={label: tally.threshold for label, tally in tallies.items()})
+                top_counts={label: tally.top_counts for label, tally in tallies.items()})
 
 
 def image_maps(fs, X, index, scores, views):
@@ -1085,7 +1089,7 @@ def report(tables):
     report_more([(start(name, r["model"], r["score"]), r) for name, table in tables.items() for r in table["rows"]])
     for name, table in tables.items():
         if table["protocol"]["data"] in PAPER_ROWS:
-            print("\nthe paper's numbers (Table II, III; per-image mean as in the CAOS code, as far as it says):")
+            print("\nthe paper's numbers (Table II, III; presumably means over the images, as in the CAOS code):")
             for method, aupr, auroc, fpr in PAPER_ROWS[table["protocol"]["data"]]:
                 print(f"  paper  {method:40} {aupr:6.1f} {auroc:6.1f} {fpr:6.1f}")
         told = [f"{c} {v:.1f}" for c, v in table["rows"][0]["iou"].items() if v is not None]
@@ -1221,13 +1225,13 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
     save_figure(fig, path)
 
 
-def draw_threshold(flagged, path):
-    """Fig. 4: semantic and anomaly accuracy against δ, from {label: Tally.threshold}. ASSUMPTION: semantic accuracy is
-    the share of the known pixels that are classified right and not flagged; the paper gives no formula."""
+def draw_threshold(top_counts, path):
+    """Fig. 4: semantic and anomaly accuracy against δ, from {label: Tally.top_counts}. ASSUMPTION: semantic accuracy
+    is the share of the known pixels that are classified right and not flagged; the paper gives no formula."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
     delta = np.arange(1001) / 1000
-    for k, (label, counts) in enumerate(flagged.items()):
+    for k, (label, counts) in enumerate(top_counts.items()):
         below = counts.cumsum(1)                                     # pixels with max S ≤ δ: flagged (Eq. 2)
         right, known, anomalous = counts.sum(1)
         if known:
@@ -1927,7 +1931,7 @@ def main():
             if picked:
                 beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
                 draw_panels(beside, opened[name], picked, args.score[0], args, device, panels)
-            draw_threshold(table["flagged"], threshold)
+            draw_threshold(table["top_counts"], threshold)
             if table["curves"]:
                 draw_curves(table["rows"], table["curves"], curves)
         common.say(f"wrote {out}: results.json, figures")

@@ -3,10 +3,10 @@
     minimise   E_{D_k}[L_k] + α · E_{D_s}[L_KL or L_ER]     (Eq. 5; Eq. 4, Eq. 6), over the auxiliary images
 
     in     pretrained.pt (--ckpt) and the auxiliary set (--aux) that was made from it
-    out    ft.pt, ft.jsonl, ft.png    as pretrain.py writes them
+    out    ft.pt, ft.jsonl, ft.png    as pretrain.py writes them, without a validation
 
     python finetune.py          # after python mgu_generate.py; the paper's L_ER and α = 0.05 on streethazards and bdd,
-                                # L_KL and α = 0.3 on toy and camvid
+                                # L_KL and α = 0.3 on toy, camvid and idd_lite
     python finetune.py --loss kl --alpha 0.05 --mix none --out ft_kl.pt
     python finetune.py --known-unknown car fence pole --out ft_known.pt       # pilot study (Sec. IV-C): these are D_s
     torchrun --nproc-per-node 8 finetune.py
@@ -15,7 +15,8 @@ Read beside the paper: AuxiliarySet.__getitem__ (X', Z, D_s) → finetune → pr
 common.objective (Eq. 5). What stands behind stage 3 does not touch this path.
 
 Controls, which the paper lacks: what does the direction of MGU add, and what its size? With the same D_s, loss and
-steps (but for clean, without D_s, and --any-model, with the other model's); the first four have X wherever D_s is not:
+steps (but for clean and --alpha 0, L_k alone, and --any-model, with the other's D_s); the first four have X wherever
+D_s is not:
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
     --images sign      every value of X' − X with a random sign: its size and place without its direction
     --images still     X, with the same D_s: the place alone
@@ -103,7 +104,7 @@ class AuxiliarySet(torch.utils.data.Dataset):
     sample. train: also as many items of this TrainingScenes (the training split, augmented), or None. Every random
     number is a function of (seed, epoch, i), that of a control of (seed, i).
     Raises InputError for a set that is not complete or not well-formed, and an item where X is not under `root`.
-    ASSUMPTION: no augmentation: X' lies near the boundary pixel by pixel, and resampling would move it away."""
+    ASSUMPTION: no augmentation: X' lies across the boundary pixel by pixel, and resampling would change that."""
 
     def __init__(self, folder, root, seed, unknown, images, clean=False, train=None):
         self.folder, self.root, self.seed = Path(folder), Path(root), seed

@@ -11,7 +11,7 @@
     python mgu_generate.py                                   # from the toy data's pretrained.pt
     python mgu_generate.py --ckpt pretrained.pt --per-class 300 --out auxiliary_300
     python mgu_generate.py --ascent --out auxiliary_up       # a control of finetune.py's
-    torchrun --nproc-per-node 8 mgu_generate.py              # the same set for any number of processes
+    torchrun --nproc-per-node 8 mgu_generate.py              # the same set for any number of processes, up to rounding
 
 Algorithm 1, for an image X with labels Z, a class ỹ that occurs in it, and all its pixels Ω:
     1   X' ← X
@@ -88,16 +88,17 @@ def parse():
 def update(f, X_aux, I, y, eta):
     """Line 5 to line 8, one iteration of every image of a batch: (P_ỹ, the next X').
 
-    f is frozen: the gradient is with respect to the image. P_ỹ is computed anew from all of I_ỹ, so a pixel that had
-    flipped and fell back when its neighbours moved is in it again.
+    f is frozen: the gradient is with respect to the image. ASSUMPTION: P_ỹ is computed anew from all of I_ỹ, as line 5
+    is printed, so a pixel that had flipped and fell back when its neighbours moved is in it again; the text of
+    Sec. III-B reads as if a pixel that has flipped never moved again.
     X_aux (B, 3, H, W) float, grey levels 0..255; I = I_ỹ (B, H, W) bool; y = ỹ (B,) int64; P_ỹ (B, H, W) bool.
     eta: η, a number, for images in [0, 1]."""
-    X = (X_aux / 255).requires_grad_(True)                               # X' as f takes it
-    logits = f(X)
+    x = (X_aux / 255).requires_grad_(True)                               # X' as f takes it
+    logits = f(x)
     # 5: P_ỹ ← {(h, w) ∈ I_ỹ : arg max_i S_i(X'_{h,w}) = ỹ}; the arg max of the logits is that of S
     P = I & (logits.argmax(1) == y.view(-1, 1, 1))
     L = common.loss_mgu(common.log_softmax(logits), P, y)                # Eq. 3: (B,)
-    gradient, = torch.autograd.grad(L.sum(), X)      # L_b depends on image b alone: the sum keeps the images apart
+    gradient, = torch.autograd.grad(L.sum(), x)      # L_b depends on image b alone: the sum keeps the images apart
     # 6 to 8: for (h, w) in P_ỹ: X'_{h,w} ← X'_{h,w} − η ∇_{X'_{h,w}} L_mgu(f(X'), ỹ)
     # ASSUMPTION: the loop is over one gradient: all of P_ỹ moves at once
     X_next = X_aux - 255 * eta * gradient                                # 255: η∇L in grey levels
@@ -190,9 +191,10 @@ def fold_batch_norm(f):
 def choose(scenes, per_class, seed):
     """[(class, image index)]: for each class `per_class` images with at least MIN_PIXELS pixels of it, by seed.
 
-    Sec. IV-A: an auxiliary image has one adversarial class, and every class gets as many images. The choice does not
-    depend on the file system's order, and a larger per_class keeps the images of a smaller one.
-    ASSUMPTION: at random among the images that hold the class; one image may serve several classes."""
+    Sec. III-B: an auxiliary image has one adversarial class; Sec. IV-A: 300 of every class. The choice does not depend
+    on the file system's order, and a larger per_class keeps the images of a smaller one.
+    ASSUMPTION: at random among the images that hold the class; a class that fewer hold gets all of them; one image may
+    serve several classes."""
     labels = [label for _, label in scenes.pairs]
     counts = common.id_histograms(labels)                                # (images, 256)
     common.check_ids(scenes.spec, scenes.lut, counts, labels)
@@ -233,7 +235,8 @@ def predict(f, image, device):
 def generate(f, scenes, jobs, out, args, device, tf32=False):
     """Run Algorithm 1 for `jobs` [(class, image index)], choose D_s, and write one .npz each.
 
-    ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X'.
+    ASSUMPTION: D_s ("unknown") is the pixels of I_ỹ that f gets right on X and no longer on the stored, 8-bit X': only
+    these have crossed a boundary. Sec. III-B can be read as all of I_ỹ (finetune.py --unknown all).
     The other pixels of I_ỹ stay in D_k with the label ỹ: those that moved without flipping, those that f got wrong on X
     and that never moved, and those that it got wrong, that joined P_ỹ later and crossed (fewer than 1 in 100).
     ASSUMPTION: "right on X" is P_ỹ of the first iteration, on a GPU in TF32 and with batch norm folded into f; "no
@@ -315,12 +318,13 @@ def measure(f, scenes, jobs, out, device):
 
 
 def class_figures(rows):
-    """The manifest's figures over some samples: what the files hold, not what the optimiser believed.
+    """The manifest's figures over some samples. What is said of D_s and X' is measured on the stored files; correct,
+    unflipped and iterations are what Algorithm 1 saw, before the storage in 8 bits.
 
     flip_rate: of the pixels of I_ỹ that f gets right on X, the percentage that it gets wrong on the stored X'.
     mean_max_softmax: over D_s; near 1/2 means near the boundary (Sec. III-B), near 1 that η is too large.
     unflipped_pixels: sum of the smallest |P_ỹ|, 0 where the cap ended no image. linf, rms: of X' − X over I_ỹ and the
-    three channels, grey levels; iterations: of line 4, up to the cap where it ended them, though an earlier X' is
+    three channels, grey levels; iterations: that moved X', up to the cap where it ended them, though an earlier X' is
     kept."""
     summed = ("correct", "flipped", "unflipped", "confidence", "unknown", "squares", "values", "bytes")
     total = {k: sum(r[k] for r in rows) for k in summed}
@@ -500,8 +504,8 @@ def complete(out, settings, checkpoint, scenes, jobs, rows):
 
 def report(table, ascent=False):
     """Print the figures of every class."""
-    print(f"\n{'class':14} images  iterations  flipped after  pixels not   mean max   L∞    RMS    kB\n"
-          f"{'':14}         median  max  8-bit storage  flipped    softmax   grey levels  a file")
+    print(f"\n{'class':14} images  iterations  flipped after   left in     mean max   L∞    RMS    kB\n"
+          f"{'':14}         median  max  8-bit storage   P_ỹ        softmax   grey levels  a file")
     for name, v in table.items():
         print(f"{name:14} {v['images']:6} {v['iterations_median']:8.0f} {v['iterations_max']:4} "
               f"{v['flip_rate']:12.2f} % {v['unflipped_pixels']:10} {v['mean_max_softmax']:10.3f} {v['linf']:5} "

@@ -111,7 +111,8 @@ def training_flags(parser, epochs_help, micro_batch=32):
     g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device (default: "
                    f"{micro_batch} on CUDA, halved where they do not fit its memory, and 16 on a CPU)")
     g.add_argument("--precision", choices=("float32", "bf16"),
-                   help="autocast of the forward pass (default: bf16 on CUDA, else float32)")
+                   help="autocast of the forward pass (default: bf16 on CUDA, else float32; there float32 "
+                   "multiplies in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set)")
     g.add_argument("--sync-bn", action="store_true",
                    help="batch-norm statistics over all GPUs (torchrun; give --micro-batch)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -233,6 +234,7 @@ class Run:
         # ASSUMPTION: a new optimiser in fine-tuning
         self.optimiser = torch.optim.Adam(groups or f.parameters(), lr=args.lr, fused=True)
         self.tradi = Tradi(f, args.tradi) if getattr(args, "tradi", None) else None
+        # ASSUMPTION: batch norm sees a micro-batch, not the 256; --bn frozen and --sync-bn are others
         self.micro = args.micro_batch or (args.cuda_micro_batch if self.cuda else 16)
         self.interval = 20 if self.cuda else 1       # steps between looks at the loss, so that the host never waits
         self.pending, self.labelled, self.told, self.validation_due = [], 0, False, False

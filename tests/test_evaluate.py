@@ -171,14 +171,14 @@ def tally(seed=0, n=4):
 def test_accuracy_against_delta():
     t, images = tally()
     Z, top, prediction = (np.concatenate([i[k].ravel() for i in images]) for k in range(3))
-    flagged = t.threshold.cumsum(1)
+    flagged = t.top_counts.cumsum(1)
     for k in (0, 400, 555, 900, 1000):
         delta = k / 1000
         assert flagged[2, k] == ((Z == common.ANOMALY) & (top.astype(np.float64) <= delta)).sum()
         known = Z < 3
         kept_right = (known & (prediction == Z) & (top.astype(np.float64) > delta)).sum()
-        assert t.threshold[0].sum() - flagged[0, k] == kept_right
-        assert t.threshold[1].sum() == known.sum()
+        assert t.top_counts[0].sum() - flagged[0, k] == kept_right
+        assert t.top_counts[1].sum() == known.sum()
 
 
 def test_curve_lies_on_scikit_learns():
