@@ -672,7 +672,7 @@ def expect(ok, key, expected, found):
 
 def check_spec(spec):
     """InputError, beginning with the key, for the first mistake in the content of a dataset.json."""
-    expect(isinstance(spec, dict) and spec, "the file", "an object {…}", spec)
+    expect(isinstance(spec, dict) and spec, "the file", "an object {…} with classes and splits", spec)
     stands = {}   # id → the key that has it
     for key, value in leaves(spec):
         _, expected, fits = next(rule for rule in RULES if re.fullmatch(rule[0], key, re.S))
@@ -709,7 +709,7 @@ def read_spec(spec):
         return dict(items)
     path = spec["root"] / "dataset.json"
     if not path.is_file():
-        raise layout_error(spec, "no such file")
+        raise layout_error(spec, "not a file" if path.exists() else "no such file")
     try:
         content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=once)
         check_spec(content)
@@ -741,7 +741,9 @@ def dataset_classes(data, anomaly=None, root=None):
     class_indices(anomaly, list(spec["classes"]), "--anomaly")
     names = [c for c in spec["classes"] if c not in anomaly]
     if spec["classes"] and len(names) < 2:
-        raise InputError(f"{data}: {len(names)} known classes; expected at least 2 that are no anomaly")
+        where = f"{Path(spec['root'], 'dataset.json')}: classes" if data == "folder" else data
+        raise InputError(f"{where}: {len(names)} known class{'' if names else 'es'} {', '.join(names)}; "
+                         "expected at least 2 that are no anomaly")
     lut = np.full(256, FOREIGN, np.uint8)
     for key, value in (("ignored", IGNORED), ("known", KNOWN), ("anomaly", ANOMALY)):
         lut[np.array(spec.get(key, []), int)] = value
@@ -875,12 +877,16 @@ def split_pairs(data, root, split, anomaly=None):
             held_out = ends_of_drives(pairs["train"], hold_out)
             pairs = {"train": [p for p in pairs["train"] if p not in held_out], "val": sorted(held_out)}
     if split not in pairs:
-        there = ", ".join(s for s in SPLITS if s in spec["splits"])
+        there = "one of " + ", ".join(s for s in SPLITS if s in spec["splits"])
+        there = "splits.val or hold_out" if (data, split) == ("folder", "val") and names else there
         raise InputError(f"{Path(root, 'dataset.json') if data == 'folder' else root}: splits: {data} has no {split} "
                          f"split{' without an anomaly' * (split == 'test' and not spec.get('anomaly'))}; "
-                         f"expected one of {there}")
+                         f"expected {there}")
     if not pairs[split]:
-        raise layout_error(spec, f"the {split} split is empty")
+        why = ": every image has a pixel of an anomaly class, and so is a test image" * (recipe and split == "train")
+        if hold_out and split == "val":
+            why = f": hold_out {hold_out:g} leaves none of {sum(map(len, pairs.values()))} images"
+        raise layout_error(spec, f"the {split} split is empty{why}")
     expected = not anomaly and spec.get("counts", {}).get(split)
     if expected and len(pairs[split]) != expected:
         say(f"warning: {root}: {len(pairs[split])} {split} images, where {data} has {expected}")
@@ -1175,7 +1181,8 @@ def load_sample(path):
             raise ValueError(f"its source {source} is not below the root of the data")
         return sample
     except Exception as e:   # whatever a damaged archive makes numpy raise
-        raise InputError(f"{path}: not an auxiliary sample ({e}); expected a file of mgu_generate.py")
+        raise InputError(f"{path}: not an auxiliary sample ({e}); expected a file of mgu_generate.py: "
+                         "delete it and run that again")
 
 
 def save_json(path, value):
@@ -1279,6 +1286,9 @@ def load_checkpoint(path, companion=None):
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: {name} holds a value that is not finite; "
                              "expected the weights of a run that went well")
+    epochs = checkpoint["settings"].get("epochs")
+    if companion != "any" and isinstance(epochs, int) and checkpoint["epoch"] < epochs:
+        say(f"note: {path} stands at epoch {checkpoint['epoch']} of {epochs}: its run is not finished")
     return f.eval().to(memory_format=torch.channels_last), checkpoint
 
 
@@ -1300,7 +1310,7 @@ def data_root(given, checkpoint, flag="--root"):
     checkpoint never makes a script write data where the user did not say."""
     root = given or checkpoint["root"]
     if not given and not Path(root).is_dir():
-        raise InputError(f"{root}: no such folder; the checkpoint was trained on {checkpoint['data']} there: "
+        raise InputError(f"{root}: no such folder; the checkpoint was trained on the {checkpoint['data']} data in it: "
                          f"run in the folder where it was trained, or say where the data lies with {flag}")
     return str(root)
 

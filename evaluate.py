@@ -72,7 +72,8 @@ PAPER_ROWS = {   # AUPR, AUROC, FPR95 of Tables II and III
 
 def parse():
     """The command line."""
-    p = argparse.ArgumentParser(description="Evaluate anomaly segmentation (Sec. IV-B) and draw the paper's figures.",
+    p = argparse.ArgumentParser(usage="%(prog)s [flags]; --help lists them",
+                                description="Evaluate anomaly segmentation (Sec. IV-B) and draw the paper's figures.",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open.")
     p.add_argument("--ckpt", nargs="+", default=["ft.pt"],
                    help="checkpoint; several are a Deep Ensemble, the mean of their softmax (default: ft.pt)")
@@ -674,8 +675,8 @@ def short_names(paths):
     names = []
     for i, mine in enumerate(parts):
         if mine in parts[:i]:
-            raise common.InputError(f"{paths[i]}: its name is taken by {paths[parts.index(mine)]}; "
-                                    "expected files of different names")
+            raise common.InputError(f"{paths[i]}: the same file as {paths[parts.index(mine)]}, or of the "
+                                    "same name but for its end; expected different names")
         k = next(k for k in range(1, len(mine) + 1) if sum(p[-k:] == mine[-k:] for p in parts if p != mine) == 0)
         names.append(shown("/".join(mine[-k:])))
     return names
@@ -709,12 +710,13 @@ def open_scenes(args, checkpoint):
     wanted, opened = args.data or [checkpoint["data"]], {}
     for i, data in enumerate(wanted):
         own = data == checkpoint["data"]
+        if own and not args.root and data != "toy":      # the toy's is drawn where it is not there
+            common.data_root(None, checkpoint)
         with common.first_rank_first():
             root = common.default_root(data, args.root[i] if args.root else checkpoint["root"] if own else None)
             scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if own else None)
-        if scenes.classes and scenes.classes != checkpoint["classes"]:
-            raise common.InputError(f"--data {data} has the classes {', '.join(scenes.classes)}; "
-                                    f"the checkpoint {', '.join(checkpoint['classes'])}")
+        if scenes.classes:
+            common.same_classes(scenes, checkpoint)
         opened[data if wanted.count(data) == 1 else f"{data}_{wanted[:i].count(data) + 1}"] = scenes
     if args.open and not any(scenes.classes for scenes in opened.values()):
         raise common.InputError(f"--open: the labels of {', '.join(opened)} tell no classes; expected a data set that "
@@ -1293,7 +1295,9 @@ def find_photographs(paths):
             with Image.open(file):
                 pass
         except Exception as e:   # whatever a damaged file makes Pillow raise
-            unread[file] = f"{file}: cannot be read as an image: {e or type(e).__name__}"
+            missing = isinstance(e, FileNotFoundError)
+            unread[file] = f"{file}: " + ("no such file" if missing else
+                                          f"cannot be read as an image: {e or type(e).__name__}")
             continue
         if name in first:
             raise common.InputError(f"{first[name]} and {file}: two photographs whose results would have one name, "
@@ -1398,10 +1402,11 @@ def photographs(models, classes, args, device, out):
         common.say(f"{path}: {pixels.shape[1]}×{pixels.shape[0]}, {name} from {score.min():.3f} to {score.max():.3f}; "
                    f"mostly {most}")
     done = len(files) - sum(path in failed for path in files)
-    common.say(f"wrote {out}: {done} photographs, each {', '.join(PHOTOGRAPH)}")
+    if done:
+        common.say(f"wrote {out}: {done} photographs, each {', '.join(PHOTOGRAPH)}")
     if failed:
-        raise common.InputError(f"{len(failed)} of {done + len(failed)} files were not done:\n    "
-                                + "\n    ".join(failed.values()))
+        start = f"{len(failed)} of {done + len(failed)} files were not done:\n    " if done + len(failed) > 1 else ""
+        raise common.InputError(start + "\n    ".join(failed.values()))
 
 
 # ──────────────────────────────────── scores of the related systems ────────────────────────────────────

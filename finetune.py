@@ -60,7 +60,8 @@ import pretrain
 
 
 def parse():
-    p = argparse.ArgumentParser(description="Anomaly-aware fine-tuning (Sec. III-C, Eq. 5).",
+    p = argparse.ArgumentParser(usage="%(prog)s [flags]; --help lists them",
+                                description="Anomaly-aware fine-tuning (Sec. III-C, Eq. 5).",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open; small sets: "
                                        "toy, camvid, idd_lite.")
     p.add_argument("--ckpt", default="pretrained.pt", help="checkpoint of pretrain.py (default: pretrained.pt)")
@@ -191,6 +192,9 @@ def auxiliary_data(args, checkpoint, root):
         others = "" if data.manifest.get("classes") == checkpoint["classes"] else ", of other classes,"
         raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}){others} than "
                                 f"{args.ckpt} ({ckpt}); run mgu_generate.py --ckpt {args.ckpt} --out another-folder")
+    if data.manifest.get("unknown_pixels") == 0 and args.unknown == "flipped" and args.images != "clean":
+        raise common.InputError(f"{path}: no sample has a pixel in D_s: f had none right, or none has flipped; "
+                                "expected an f that was trained longer, or a larger --max-steps of mgu_generate.py")
     first = common.load_sample(data.name(0))
     data.original(data.name(0), first)                           # fail now where --root is another data set
     identity = dict(aux=common.fingerprint(path), train=None)

@@ -56,6 +56,7 @@ MIN_PIXELS = 64   # ASSUMPTION: an image with fewer pixels of the class is passe
 
 def parse():
     p = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
         description="Masked Gradient Update: make the auxiliary set (Sec. III-B, Algorithm 1).",
         epilog="'paper' is a value of the paper, 'ours' one that it leaves open; small sets: toy, camvid, idd_lite.")
     p.add_argument("--ckpt", default="pretrained.pt",
@@ -438,7 +439,8 @@ def main():
         missing = [job for job in jobs if not (out / sample_name(scenes, *job)).exists()]
         common.barrier()                                                 # every rank has looked before any writes
         if len(missing) < len(jobs):
-            common.say(f"{out}: {len(jobs) - len(missing)} of {len(jobs)} samples are there; making the rest")
+            common.say(f"{out}: {len(jobs) - len(missing)} of {len(jobs)} samples are there"
+                       + "; making the rest" * bool(missing))
 
         started = time.time()
         generate(f, scenes, missing[common.rank()::common.world()], out, args, device, tf32)
@@ -483,7 +485,10 @@ def prepare(out, settings, restart):
 
 def manifest_settings(path):
     """The settings in a manifest; InputError where it holds none."""
-    manifest = common.load_json(path)
+    try:
+        manifest = common.load_json(path)
+    except common.InputError as e:
+        raise common.InputError(f"{e}: delete it, or pass another --out")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
         raise common.InputError(f"{path}: holds no settings; expected a file of mgu_generate.py: "
                                 "delete it, or pass another --out")
@@ -498,7 +503,8 @@ def complete(out, settings, checkpoint, scenes, jobs, rows):
     table["all"] = class_figures(rows)
     common.save_json(out / "manifest.json", dict(
         format=common.FORMAT, settings=settings, classes=list(scenes.classes), data=checkpoint["data"],
-        anomaly=checkpoint["anomaly"], figures=table, samples=names))
+        anomaly=checkpoint["anomaly"], figures=table, samples=names,
+        unknown_pixels=sum(r["unknown"] for r in rows)))
     report(table, "ascent" in settings)
 
 

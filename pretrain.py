@@ -43,7 +43,8 @@ import common
 
 
 def parse():
-    p = argparse.ArgumentParser(description="Train the segmenter on the known classes (Sec. IV-A).",
+    p = argparse.ArgumentParser(usage="%(prog)s [flags]; --help lists them",
+                                description="Train the segmenter on the known classes (Sec. IV-A).",
                                 epilog="'paper' is a value of the paper, 'ours' one that it leaves open; small sets: "
                                        "toy, camvid, idd_lite.")
     g = p.add_argument_group("data")
@@ -224,6 +225,8 @@ class Run:
             raise common.InputError(f"a batch of {self.batch_size} images is too small for {n} "
                                     f"process{'es' * (n > 1)}: batch norm on the pooled branch needs 2 images each; "
                                     f"{remedy}")
+        if self.batch_size < args.batch_size:
+            common.say(f"a batch holds all {self.batch_size} images, fewer than --batch-size {args.batch_size}")
         self.n_steps = len(data) // self.batch_size                        # steps of an epoch
         self.t, self.total, self.first = 0, args.epochs * self.n_steps, 0  # steps done, of all, of earlier runs
         self.out = Path(args.out)
@@ -275,8 +278,11 @@ def resume(run, settings, facts):
         raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
     if out.exists():
         checkpoint = {}
-        with contextlib.suppress(*[common.InputError] * run.restart):    # a damaged one is replaced
+        try:
             checkpoint = common.load_checkpoint(out, companion="any")[1]
+        except common.InputError as e:
+            if not run.restart:                                          # which replaces a damaged one
+                raise common.InputError(f"{e}; pass --restart to replace it, or another --out")
         if checkpoint.get("stage", facts["stage"]) != facts["stage"]:
             raise common.InputError(f"{out}: a checkpoint of stage {checkpoint['stage']}, and this is "
                                     f"{facts['stage']}; expected another --out")
@@ -529,15 +535,16 @@ def report(run, batch, bar):
     log(run, step=run.t, epoch=(run.t - 1) // run.n_steps, loss=value, images_per_second=round(rate, 2),
         seconds=round(elapsed, 2), **({"gib": round(memory, 2), "micro_batch": run.micro} if run.cuda else {}))
     bar.set_postfix_str(f"loss {value:.4f}, {rate:.1f} img/s" + f", {memory:.1f} GiB" * run.cuda)
-    if not run.told and done >= min(5 * run.interval, run.n_steps):
+    if not run.told and done >= min(5 * run.interval, run.n_steps) and run.t < run.total:
         run.told = True
         speed = f"{rate:.1f} images/s"
         if run.whole:                    # one forward and one backward pass through all of f, and nothing else
             tflops = 3 * forward_tflop(run.f, *batch["label"].shape[1:]) * rate / common.world()
             speed += f", {tflops:.2f} TFLOP/s a device{share_of_peak(tflops, run.device)}"
         left = run.total - run.t
-        common.say(f"{speed}: about "
-                   f"{left * elapsed / done / 3600:.2f} h for the {left} steps of batch {run.batch_size} that are left")
+        hours = left * elapsed / done / 3600
+        common.say(f"{speed}: about " + (f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min")
+                   + f" for the {left} steps of batch {run.batch_size} that are left")
 
 
 def log(run, **values):
@@ -867,10 +874,15 @@ def main():
                                     f"it is for {' and '.join(ARCH_FLAGS[name])}")
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
+        if args.data == "toy":
+            common.dataset_classes("toy", args.anomaly)  # a wrong --anomaly is told before the images are drawn
         args.root = common.default_root(args.data, args.root, write=True)
         scenes = TrainingScenes(args.data, args.root, "train", args.anomaly, args.crop, args.scale, args.seed,
                                 args.cache)
         val = common.Scenes(args.data, args.root, "val", args.anomaly)
+        for part in (scenes, val):                       # a wrong label is told now, not in the epoch that meets it
+            labels = [label for _, label in part.pairs]
+            common.check_ids(part.spec, part.lut, common.id_histograms(labels), labels)
     torch.manual_seed(args.seed % 2**63)
     f = common.Segmenter(args.arch, args.backbone, len(scenes.classes), args.width, args.classifier,
                          attention=args.attention, queries=args.queries, decoder_layers=args.decoder_layers)

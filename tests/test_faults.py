@@ -253,3 +253,26 @@ def test_a_batch_too_small_names_the_remedy(other_labels, tmp_path):
         if path.name != "0.png":
             path.unlink()
     one_line(run(*TRAIN, "--root", root, folder=tmp_path), "batch of 1 images", "add images")
+
+
+@pytest.mark.parametrize("split", ("training", "validation"))
+def test_a_wrong_id_is_told_before_the_first_step(other_labels, tmp_path, split):
+    """Not in the epoch that meets it, which of the validation images is the twentieth of a thousand."""
+    changed = []
+
+    def once(pixels):
+        changed.append(True)
+        return np.where(np.arange(pixels.size).reshape(pixels.shape) == 7, 99, pixels).astype(np.uint8) \
+            if len(changed) == 1 else pixels
+    root = other_labels([f"annotations/{split}"], once)
+    done = run(*TRAIN, "--root", root, "--epochs", 3, folder=tmp_path)
+    one_line(done, f"annotations/{split}", "holds id 99")
+    assert not names(tmp_path)
+
+
+def test_a_run_that_is_not_finished_is_told(small, tmp_path):
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    for epoch in (1, 2):
+        torch.save(dict(checkpoint, epoch=epoch), tmp_path / f"{epoch}.pt")
+        done = run_ok("evaluate.py", "--ckpt", f"{epoch}.pt", folder=tmp_path, before=NO_FIGURES)
+        assert ("note: 1.pt stands at epoch 1 of 2: its run is not finished" in done.out) == (epoch == 1)

@@ -299,7 +299,7 @@ def test_an_augmented_set(small, tmp_path):
 def test_flags_that_exclude_each_other(tmp_path):
     for more in (("--images", "noise"), ("--mix", "train"), ("--unknown", "all")):
         done = run("finetune.py", "--known-unknown", "car", *more, folder=tmp_path)
-        assert done.code == 2 and "--known-unknown" in done.err and "usage:" in done.err
+        assert done.code == 2 and "no effect with known-unknown" in done.err and "usage:" in done.err
 
 
 @pytest.mark.parametrize("flags", (
@@ -394,3 +394,16 @@ def test_the_flags_reach_the_loss(aux, small, tmp_path, images, unknown, mix):
     settings = torch.load(tmp_path / "ft.pt", weights_only=True)["settings"]
     assert [settings[k] for k in ("images", "unknown", "mix")] == [images, unknown, mix]
     assert (settings["train"] is not None) == (mix == "train")
+
+
+def test_a_set_without_unknown_pixels_is_refused(aux, small, tmp_path):
+    """It would be L_k alone under the name of MGU + AaFt; where D_s is not asked for, or is I_ỹ, nothing is amiss."""
+    shutil.copytree(aux, tmp_path / "aux")
+    manifest = common.load_json(tmp_path / "aux/manifest.json")
+    found = sum(int(common.load_sample(tmp_path / "aux" / name)["unknown"].sum()) for name in manifest["samples"])
+    assert manifest["unknown_pixels"] == found > 0
+    common.save_json(tmp_path / "aux/manifest.json", dict(manifest, unknown_pixels=0))
+    tune = ("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", "aux", "--epochs", 1)
+    one_line(run(*tune, folder=tmp_path), "aux/manifest.json: no sample has a pixel in D_s", "--max-steps")
+    for more in (("--images", "clean"), ("--unknown", "all")):
+        run_ok(*tune, *more, "--out", f"{more[1]}.pt", folder=tmp_path, before=NO_FIGURES)
