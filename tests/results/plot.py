@@ -48,7 +48,8 @@ def put_label(ax, text, at, colour, taken):
     """Write beside a point, on the side where it meets no box of `taken` (as few as possible); its box goes there."""
     tries = []
     for offset, sideways in (((5, 3), "left"), ((-5, 3), "right"), ((5, -9), "left"), ((-5, -9), "right"),
-                             ((0, 6), "center"), ((0, -12), "center")):
+                             ((0, 6), "center"), ((0, -12), "center"), ((5, 10), "left"), ((-5, 10), "right"),
+                             ((5, -16), "left"), ((-5, -16), "right")):
         label = ax.annotate(text, at, offset, textcoords="offset points", ha=sideways, fontsize=7, color=colour)
         box = label.get_window_extent(ax.figure.canvas.get_renderer())
         inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1
