@@ -1,7 +1,7 @@
 """How often a model raises an alarm where it knows the streets, and elsewhere: MSP at a threshold of its own domain.
 
-    python tests/results/alarms.py --data folder roadanomaly --root pasted_real /data/RoadAnomaly \\
-        0/pretrained.pt 0/recipe.pt        # folder: the in-domain images of experiments.py real, made by tests/paste.py
+    python tests/results/alarms.py 0/pretrained.pt 0/recipe.pt --data folder roadanomaly \\
+        --root pasted_real /data/RoadAnomaly     # folder: the in-domain images of experiments.py real (tests/paste.py)
 
     in     checkpoints; test sets (--train-root: where f's training data lie)
     out    alarms.json beside this file: rows of dict(trained_on, row: name of the checkpoint, seed, data, known,
