@@ -235,7 +235,7 @@ def test_labels_tell_checkpoints_apart(tmp_path):
     assert evaluate.short_names(["run0/ft.pt", "run1/ft.pt", "a/x_0.5.pt"]) == ["run0/ft", "run1/ft", "x_0.5"]
     assert evaluate.short_names(["a/b/ft.pt", "c/b/ft.pt", "b/ft.pt"])[:2] == ["a/b/ft", "c/b/ft"]
     for twice in (["run/ft.pt", "x.pt", "run/../run/ft.pt"], ["a/ft.pt", "a/ft.pth"]):
-        with pytest.raises(common.InputError, match=f"{twice[-1]}: its name is taken by {twice[0]}"):
+        with pytest.raises(common.InputError, match=f"{twice[-1]}: the same file as {twice[0]}, or"):
             evaluate.short_names(twice)
     assert evaluate.short_names([b"a\xff.pt".decode("utf-8", "surrogateescape")]) == ["a\\xff"]
 
@@ -455,7 +455,7 @@ def test_names_that_are_no_utf_8(small, tmp_path):
     assert "caf\\xe9 " in done.out and "curves.png" in files(tmp_path / odd / "out")
     tried(small, *args, "--images", f"{odd}/photos", folder=tmp_path)
     assert (tmp_path / odd / f"out/{odd}_score.npy").exists()
-    one_error(tried(small, "--images", f"{odd}.jpg", folder=tmp_path, ok=False), "1 of 1 files", ".jpg")
+    one_error(tried(small, "--images", f"{odd}.jpg", folder=tmp_path, ok=False), ".jpg: no such file")
 
 
 def test_out_is_tried_before_the_evaluation(small, tmp_path):
@@ -495,7 +495,7 @@ def test_checkpoints_of_one_name(small, tmp_path):
     assert [r["model"] for r in found["rows"]] == ["run0/ft", "run1/ft"] and "run1/ft" in done.out
     assert found["rows"][0]["pooled"] == found["rows"][1]["pooled"], "one file, two names"
     done = tried(small, "--ckpt", "run0/ft.pt", "./run0/ft.pt", folder=tmp_path, ok=False)
-    one_error(done, "name is taken by run0/ft.pt")
+    one_error(done, "the same file as run0/ft.pt")
 
 
 def test_numbers_of_every_image(small, tmp_path):

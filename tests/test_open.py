@@ -394,7 +394,7 @@ def test_bad_test_sets(small, tmp_path):
         image(path)
         mask(Path(str(path).replace("leftImg8bit", "gtFine").replace("_image.jpg", "_label.png")))
     told = refused(small, tmp_path, "--data", "idd_lite", "--root", "IDD", "--split", "val")
-    assert "--data idd_lite has the classes drivable, non-drivable" in told and "the checkpoint background" in told
+    assert "IDD: has the classes drivable, non-drivable" in told and "in its order: background" in told
     assert "--open: the labels of roadanomaly tell no classes" in refused(small, tmp_path, *data, "--open")
     for flags, part in ((("--size", "0"), "--size"), (("--size", "10.5", "20"), "--size"), (("--size", "1", "2", "3"),
                         "--size"), (("--components", "5"), "--components"), (("--operating-point", "1"), "RECALL"),
