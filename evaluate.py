@@ -211,6 +211,7 @@ def dropout_layers(f):
 
 def dropout_logits(f, X, passes):
     """MC-dropout (Gal & Ghahramani, ICML 2016): log of the mean softmax over passes with dropout on (B, N, H, W).
+    ASSUMPTION: 10 passes by default (--passes).
 
     Batch norm keeps its averages. Dropout is off again at the end; its masks come from torch's global generator."""
     for m in dropout_layers(f):
@@ -334,8 +335,8 @@ def over_views(X, views, maps):
 
 # ──────────────────────────────────────────────── metrics ────────────────────────────────────────────────
 
-# Anomalous pixels are the positives, and a higher score is more anomalous. In percent:
-# ASSUMPTION: the paper names AUPR and the "FPR at 95 % true positive rate" without a formula. Here:
+# Anomalous pixels are the positives, and a higher score is more anomalous.
+# ASSUMPTION: the paper names AUPR and the "FPR at 95 % true positive rate" without a formula. Here, in percent:
 #     aupr         step-wise average precision, as sklearn.metrics.average_precision_score
 #     auroc        area under the ROC curve, a tied positive/negative pair counting one half
 #     fpr95        FPR95: FPR at the threshold whose recall is nearest to 95 %: fpr_and_fdr_at_recall of the CAOS code
@@ -794,6 +795,7 @@ def describe(args, scenes, counts, left_out, both, checkpoints):
                    for k, v in enumerate(scenes.lut.tolist()) if v != common.FOREIGN},
         unlabeled=unlabeled, ignored_classes=left_out, pixels=pixels, ignored_pixels=ignored,
         ignored_share=round(100 * ignored / pixels, 4),
+        # ASSUMPTION: AUPR of a constant score is positives / all pixels; the paper writes positives : negatives
         base_rate=round(100 * anomalous / max(pixels - ignored, 1), 4),
         base_rate_per_image=round(float(np.mean(share)), 4) if share else None,
         images_without_anomaly_or_negative=len(counts) - len(both),

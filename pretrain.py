@@ -112,8 +112,8 @@ def training_flags(parser, epochs_help, micro_batch=32):
     g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device (default: "
                    f"{micro_batch} on CUDA, halved where they do not fit its memory, and 16 on a CPU)")
     g.add_argument("--precision", choices=("float32", "bf16"),
-                   help="autocast of the forward pass (default: bf16 on CUDA, else float32; there float32 "
-                   "multiplies in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set)")
+                   help="autocast of the forward pass (default: bf16 on CUDA, else float32; on CUDA "
+                   "float32 multiplies in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set)")
     g.add_argument("--sync-bn", action="store_true",
                    help="batch-norm statistics over all GPUs (torchrun; give --micro-batch)")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")

@@ -768,6 +768,18 @@ def test_validation_images_from_the_ends_of_drives(tmp_path):
     assert len(train) == 34 - 10 and not {*train} & {*val}
 
 
+def test_why_a_split_is_empty(tmp_path):
+    val = lambda: common.Scenes("folder", tmp_path, "val")
+    own(tmp_path, splits={"train": {"images": "photos/train", "labels": "masks/train", "label_end": "_ids"}})
+    refused(val, "dataset.json", "no val split", "expected splits.val or hold_out")
+    describe(tmp_path, hold_out=0.1, splits={"train": {"images": "photos/train", "labels": "masks/train",
+                                                       "label_end": "_ids"}})
+    refused(val, "the val split is empty: hold_out 0.1 leaves none of 4 images")
+    describe(tmp_path, anomaly=None, anomaly_classes=["road", "pavement", "building"],
+             splits={"train": [["photos/train/a/0.png", "masks/train/a/0_ids.png"]]})
+    refused(lambda: common.Scenes("folder", tmp_path, "train"), "every image has a pixel of an anomaly class")
+
+
 def test_hold_out_of_round_shares():
     """0.7 · 10 is 7.000000000000001 in floating point or not: three of ten are held out all the same."""
     for share, n, want in ((0.3, 10, 3), (0.1, 10, 1), (0.15, 20, 3), (0.2, 5, 1), (0.4, 35, 14), (0.7, 30, 21)):
