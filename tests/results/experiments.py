@@ -110,6 +110,14 @@ SYSTEMS = [
     ("clean.pt", tuned("clean", before=[AUXILIARY], aux="auxiliary", images="clean"), {}, {
         "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
 
+    # the recipe's loss on real objects in place of MGU's D_s
+    ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {
+        "msp": ("pasted_kl", "AaFt on pasted cut-outs")}),
+    ("pasted_kl_off.pt", tuned("pasted_kl_off", negatives="paste", paste_control="off", **PASTE), {}, {
+        "msp": ("pasted_kl_off", "control of the last: the same paste, no D_s")}),
+    ("pasted_kl_inlier.pt", tuned("pasted_kl_inlier", negatives="paste", paste_control="inlier", **PASTE), {}, {
+        "msp": ("pasted_kl_inlier", "control: AaFt on pieces of training images")}),
+
     # part one: DenseHybrid, noisy negatives, Real NVP
     ("dh_mgu.pt", tuned("dh_mgu", before=[AUXILIARY], method="densehybrid", negatives="mgu", aux="auxiliary"), {}, {
         "hybrid": ("dh_mgu", "DenseHybrid on MGU's D_s")}),
@@ -172,8 +180,6 @@ SYSTEMS = [
         "dicnet": ("dicnet_fifth", "DiCNet, about a fifth as many steps")}),
     ("pretrained.pt", tuned("student_4", distill=(), epochs="4 EPOCHS"), {"student": "student_4.pt"}, {
         "dicnet": ("dicnet_4", "DiCNet, 4 times as many steps")}),
-    ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {
-        "msp": ("pasted_kl", "AaFt on pasted cut-outs")}),
     ("dh_flow.pt", tuned("dh_flow", method="densehybrid", negatives="flow", paste_range=(0.04, 0.42), epochs="EPOCHS"),
      {}, {"hybrid": ("dh_flow", "DenseHybrid on samples of the flow")}),
     ("dh_decoy.pt", pasting("dh_decoy", "densehybrid", paste_control="decoy"), {}, {

@@ -3,7 +3,7 @@
     python tests/results/plot.py            # real.json → tests/figures/real_unknowns.png
 
 A point is a row: AUPR per image over MSP's in known streets (pasted objects, to the right) and on RoadAnomaly
-(upwards), mean and 95 % interval over three seeds and the images, as the tables have them (tables.compare). The numbers
+(upwards), mean and 95 % interval over the seeds and the images, as the tables have them (tables.compare). The numbers
 stand in the file's metadata as well, where a test compares them with real.json.
 """
 import json
@@ -26,6 +26,9 @@ KINDS = {   # label of the kind: its colour, {row: short label}
     "controls": ("tab:red", {
         "clean": "L_k alone", "still": "X unmoved", "noise": "shuffled", "sign": "random signs",
         "other": "MGU of another f"}),
+    "cut-outs of real objects": ("tab:green", {
+        "pasted_kl": "AaFt", "dh_paste": "DenseHybrid", "noisy": "noisy negatives", "pasted_kl_off": "control: no D_s",
+        "pasted_kl_inlier": "control: pieces of training images"}),
     "related systems": ("tab:orange", {
         "dh_mgu": "DenseHybrid, D_s of MGU", "rnvp_entropy": "Real NVP, entropy", "pgan": "PGAN",
         "m2f": "mask classification", "margin": "Mask2Anomaly's loss"}),
@@ -64,7 +67,7 @@ def put_label(ax, text, at, colour, taken):
 def draw(found, out):
     fig, axes = plt.subplots(1, 2, figsize=(11, 5.8), sharex=True, sharey=True)
     fig.subplots_adjust(left=0.07, right=0.99, bottom=0.09, top=0.94, wspace=0.04)
-    axes[0].set(xscale="log", yscale="log", xlim=(0.8, 5.6), ylim=(0.36, 2.75), ylabel="AUPR over MSP: RoadAnomaly")
+    axes[0].set(xscale="log", yscale="log", xlim=(0.75, 6.4), ylim=(0.36, 2.75), ylabel="AUPR over MSP: RoadAnomaly")
     for axis in (axes[0].xaxis, axes[0].yaxis):
         axis.set_major_locator(matplotlib.ticker.FixedLocator([0.4, 0.5, 0.7, 1, 1.4, 2, 3, 4, 5]))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
