@@ -124,14 +124,14 @@ SYSTEMS = [
     ("dh_paste.pt", pasting("dh_paste", "densehybrid"), {}, {
         "hybrid": ("dh_paste", "DenseHybrid, pasted cut-outs"), "msp": ("dh_paste_msp", "the same, MSP")}),
     ("dh_off.pt", pasting("dh_off", "densehybrid", paste_control="off"), {}, {
-        "msp": ("dh_off", "control: pasted cut-outs without D_s, MSP")}),
+        "msp": ("dh_off", "control: DenseHybrid's paste without D_s, MSP")}),
     ("dh_inlier.pt", pasting("dh_inlier", "densehybrid", paste_control="inlier"), {}, {
-        "hybrid": ("dh_inlier", "control: D_s = pieces of training images")}),
+        "hybrid": ("dh_inlier", "control: DenseHybrid on pieces of training images")}),
     ("noisy.pt", pasting("noisy", "noisy"), {}, {
         "outlier": ("noisy", "noisy negatives, outlier head"), "outlier_msp": ("noisy_msp", "noisy negatives × MSP"),
         "msp": ("noisy_plain", "the same, MSP")}),
     ("noisy_inlier.pt", pasting("noisy_inlier", "noisy", paste_control="inlier"), {}, {
-        "outlier_msp": ("noisy_inlier", "control: negatives = pieces of training images")}),
+        "outlier_msp": ("noisy_inlier", "control: noisy negatives, pieces of training images")}),
     ("rnvp.pt", tuned("rnvp", method="rnvp", epochs="EPOCHS"), {}, {
         "msp": ("rnvp", "Real NVP outliers, MSP"), "entropy": ("rnvp_entropy", "Real NVP outliers, entropy")}),
     ("rnvp_no.pt", tuned("rnvp_no", method="rnvp", flow_border="no", epochs="EPOCHS"), {}, {
