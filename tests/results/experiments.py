@@ -424,7 +424,7 @@ def add_entry(nodes, study, entry, place, seed, args, hardware):
     others = [s for s in (*args.seeds, *args.seeds) if s > seed] or [s for s in args.seeds if s != seed]
     if first in FIRST_SEED and seed != args.seeds[0] or OTHER in stages and not others:
         return
-    own_f = all(script == "pretrain.py" or "ckpt" in changes for script, _, changes in stages) and stages
+    own_f = stages and all(script == "pretrain.py" or "ckpt" in changes for script, _, changes in stages)
     needs, ckpts = [] if own_f else [f"{start}/pretrain"], [ckpt]
     if ckpt == "ALL":
         needs = [f"{place['name']}/{s}/pretrain" for s in args.seeds]
