@@ -169,7 +169,7 @@ def test_graph(study, monkeypatch):
             if node["script"] == "finetune.py" and study != "choice" and "recipe" in node["name"]:
                 assert args.loss is args.alpha is args.mix is args.bn is args.unknown is args.images is None
         if study in experiments.ENTRIES and any(need.endswith("/pretrain") for need in node["needs"]):
-            chain = [node, *(n for n in nodes if n["name"] in node["needs"])]     # f is made for those that start from it
+            chain = [node, *(n for n in nodes if n["name"] in node["needs"])]     # f is made for what starts from it
             assert any("pretrained.pt" in flag for n in chain for flag in n["flags"]), node
     trained = [n for n in nodes if n["script"] == "finetune.py"]
     rows = len(experiments.STUDIES[study]) - 1
