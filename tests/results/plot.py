@@ -26,8 +26,9 @@ KINDS = {   # label of the kind: its colour, {row: short label}
     "controls": ("tab:red", {
         "clean": "L_k alone", "still": "X unmoved", "noise": "shuffled", "sign": "random signs",
         "other": "MGU of another f"}),
-    "cut-outs of real objects": ("tab:green", {
-        "pasted_kl": "AaFt", "dh_paste": "DenseHybrid", "noisy": "noisy negatives", "pasted_kl_off": "control: no D_s",
+    "D_s pasted into training images": ("tab:green", {
+        "pasted_kl": "AaFt, cut-outs", "dh_paste": "DenseHybrid, cut-outs", "noisy": "noisy negatives",
+        "pasted_kl_off": "control: the paste, no D_s",
         "pasted_kl_inlier": "control: pieces of training images"}),
     "related systems": ("tab:orange", {
         "dh_mgu": "DenseHybrid, D_s of MGU", "rnvp_entropy": "Real NVP, entropy", "pgan": "PGAN",
