@@ -100,13 +100,16 @@ def pasting(name, method, **flags):
     return tuned(name, method=method, **flags, **PASTE)
 
 
+RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
+ON_PRETRAINED = {"msp": ("msp", "MSP"), "entropy": ("entropy", "entropy"), "maxlogit": ("maxlogit", "max logit"),
+                 "energy": ("energy", "energy")}
+ON_RECIPE = {"msp": ("recipe", "**MGU + AaFt**, the recipe"), "entropy": ("recipe_entropy", "MGU + AaFt, entropy")}
+KNN = {"knn": ("knn", "dense kNN"), "cknn": ("cknn", "dense kNN with energy")}      # slow, and so on their own
 SYSTEMS = [
-    ("pretrained.pt", [], {}, {
-        "msp": ("msp", "MSP"), "entropy": ("entropy", "entropy"), "maxlogit": ("maxlogit", "max logit"),
-        "energy": ("energy", "energy"), "knn": ("knn", "dense kNN"), "cknn": ("cknn", "dense kNN with energy")}),
-    ("recipe.pt", tuned("recipe", before=[AUXILIARY], aux="auxiliary"), {}, {
-        "msp": ("recipe", "**MGU + AaFt**, the recipe"), "entropy": ("recipe_entropy", "MGU + AaFt, entropy"),
-        "knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
+    ("pretrained.pt", [], {}, ON_PRETRAINED),
+    ("pretrained.pt", [], {}, KNN),
+    ("recipe.pt", RECIPE, {}, ON_RECIPE),
+    ("recipe.pt", RECIPE, {}, {"knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
     ("clean.pt", tuned("clean", before=[AUXILIARY], aux="auxiliary", images="clean"), {}, {
         "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
 
@@ -232,14 +235,13 @@ CONTROL_SETS = {**{name: dict(images=name) for name in ("still", "sign", "noise"
                 "other": dict(before=OTHER, any_model=())}
 CONTROL_LABELS = {**CONTROLS, "ascent": "up the gradient, as far", "other": "MGU of another model, with its D_s"}
 KNN_LAYER = {"knn-layer": 16}     # the layer that layers.py found best on CamVid's choosing images
-RECIPE = tuned("recipe", before=[AUXILIARY], aux="auxiliary")
 EARLY = ("pretrain.py", "early.pt", {"epochs": "EPOCHS"})
 DEEPLAB = ("pretrain.py", "deeplab.pt", {"arch": "deeplabv3", "width": None})
 REAL_ROWS = [
-    ("pretrained.pt", [], {"knn-vectors": 20_000}, SYSTEMS[0][3]),
+    ("pretrained.pt", [], {"knn-vectors": 20_000}, ON_PRETRAINED | KNN),
     ("pretrained.pt", [], KNN_LAYER, {
         "knn": ("knn16", "dense kNN on the backbone's map of stride 16"), "cknn": ("cknn16", "the same with energy")}),
-    ("recipe.pt", RECIPE, {}, {"msp": SYSTEMS[1][3]["msp"], "entropy": SYSTEMS[1][3]["entropy"]}),
+    ("recipe.pt", RECIPE, {}, ON_RECIPE),
     ("recipe.pt", RECIPE, KNN_LAYER, {"knn": ("recipe_knn16", "MGU + AaFt, dense kNN on the map of stride 16")}),
     one_row("clean", "control: L_k alone", images="clean"),
     one_row("paper", "L_ER, α = 0.05, no known images (as many steps), batch norm on the batch", loss="er", alpha=0.05,
@@ -278,7 +280,7 @@ REAL_ALPHAS = [one_row("kl1", "L_KL, α = 1", alpha=1)] + [
 TRACKED = {"tradi": (0.02, 0.02)}    # TRADI only watches a training: that of f itself
 TRADI = "pretrained.pt", [], {"tradi": 10}, {"msp": ("tradi", "TRADI, 10 samples")}
 REAL_SYSTEMS = [TRADI if "tradi" in flags else (ckpt, stages, flags, scores)
-                for ckpt, stages, flags, scores in SYSTEMS[3:]]
+                for ckpt, stages, flags, scores in SYSTEMS[5:]]
 
 ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + REAL_SYSTEMS + REAL_ALPHAS, "realchoice": REAL_ROWS + REAL_ALPHAS}
 STUDIES = {"choice": CHOICE, "main": MAIN,
