@@ -31,6 +31,7 @@ for itself too, so that any source goes with any loss:
     python finetune.py --method densehybrid --patches photographs     # evaluate.py --score hybrid
     python finetune.py --method densehybrid --negatives mgu           # the same losses on MGU's D_s
     python finetune.py --method noisy --patches photographs           # --score outlier outlier_msp
+    python finetune.py --negatives paste --paste-control inlier       # pieces of other training images, AaFt's loss
     python finetune.py --method rnvp                                  # samples of a flow; --score msp entropy
     python finetune.py --loss margin                                  # Mask2Anomaly's, on any network; --score maxlogit
     python finetune.py --prototypes 5      # PGAN, from its abstract: a cosine classifier; --score cosine
@@ -51,6 +52,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 import torch.nn.functional as F
 
@@ -349,9 +351,10 @@ def margin_objective(args, net, part, counts):
 class Pasted(torch.utils.data.Dataset):
     """Training images with a foreign patch pasted in, which is D_s: item (epoch, i) → as AuxiliarySet's.
 
-    scenes: TrainingScenes, whose item (epoch, i) it is pasted into. folder: of the patches. cut, sizes, pure, control:
-    the flags. Every random number is a function of (seed, epoch, i); the controls draw the same shapes and places, but
-    that "inlier" replaces no image as a whole, whatever `pure` is.
+    scenes: TrainingScenes, whose item (epoch, i) it is pasted into. folder: of the patches, or None for control
+    "inlier", whose shapes are then those of segments of training images. cut, sizes, pure, control: the flags. Every
+    random number is a function of (seed, epoch, i); the controls draw the same shapes and places, but that "inlier"
+    replaces no image as a whole, whatever `pure` is.
     Raises InputError for a folder without images.
     ASSUMPTION: pasted after the augmentation, with hard edges, as DenseHybrid does; where a patch has a mask, it cuts
     (published: a rectangle half of the time); noisy negatives are jittered and mirrored as their image would be, but
@@ -359,25 +362,16 @@ class Pasted(torch.utils.data.Dataset):
 
     def __init__(self, scenes, folder, seed, cut, sizes, pure=0.0, control="none"):
         self.scenes, self.seed, self.cut, self.sizes, self.pure, self.control = scenes, seed, cut, sizes, pure, control
-        try:
-            masks = common.files_by_name(folder, common.LABELS, "_mask")
-            found = common.files_by_name(folder, common.IMAGES, "")
-        except OSError as e:
-            raise common.InputError(f"{folder}: {e.strerror}; expected a folder of images (--patches)")
-        for name, path in [*found.items(), *((f"{name}_mask", path) for name, path in masks.items())]:
-            of = name.removesuffix("_mask")
-            if name != of and (of not in masks or of not in found):
-                raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask as "
-                                        f"{', '.join(common.LABELS)} (--patches)")
-        self.patches = sorted((path, masks.get(name)) for name, path in found.items() if not name.endswith("_mask"))
-        if not self.patches:
-            raise common.InputError(f"{folder}: no image; expected some of {', '.join(common.IMAGES)} (--patches)")
+        self.patches = patch_files(folder) if folder else []
 
     def __len__(self):
         return len(self.scenes)
 
     def name(self, i):
         return self.scenes.name(i)
+
+    def another(self, epoch, i, rng):
+        return self.scenes[epoch, (i + int(rng.integers(1, max(2, len(self))))) % len(self)]
 
     def identity(self):
         """What the result depends on: names and sizes of the files, and the training images."""
@@ -391,7 +385,11 @@ class Pasted(torch.utils.data.Dataset):
         image, Z = item["image"].permute(1, 2, 0).numpy().copy(), item["label"].numpy().copy()
         D_s = np.zeros(Z.shape, bool)
         alone = rng.random() < self.pure and self.control != "inlier"
-        whole, mask = read_patch(*self.patches[rng.integers(len(self.patches))])
+        if self.patches:
+            whole, mask = read_patch(*self.patches[rng.integers(len(self.patches))])
+        else:                                                    # a shape, which a piece fills
+            mask = segment(self.another(epoch, i, rng)["label"].numpy(), rng)
+            whole = np.zeros((*mask.shape, 3), np.uint8)
         if alone:                                                # a negative that no street surrounds
             image, D_s = cover(whole, mask, Z.shape, rng)
             Z[:] = common.IGNORED
@@ -399,7 +397,7 @@ class Pasted(torch.utils.data.Dataset):
             patch, mask = cut_patch(whole, mask, self.cut, self.sizes, Z.shape, rng)
             at, at_2, window = (place(mask.shape, Z.shape, rng) for _ in range(3))
             if self.control in ("inlier", "decoy"):              # a piece of another training image
-                other = self.scenes[epoch, (i + int(rng.integers(1, len(self)))) % len(self)]
+                other = self.another(epoch, i, rng)
                 piece, ids = other["image"].permute(1, 2, 0).numpy()[window], other["label"].numpy()[window]
             if self.control == "inlier":
                 patch = piece
@@ -410,6 +408,24 @@ class Pasted(torch.utils.data.Dataset):
             D_s[:] = False
         return dict(image=torch.from_numpy(image).permute(2, 0, 1), label=torch.from_numpy(Z),
                     unknown=torch.from_numpy(D_s), index=i)
+
+
+def patch_files(folder):
+    """[(path of an image, that of its mask or None)] of a folder."""
+    try:
+        masks = common.files_by_name(folder, common.LABELS, "_mask")
+        found = common.files_by_name(folder, common.IMAGES, "")
+    except OSError as e:
+        raise common.InputError(f"{folder}: {e.strerror}; expected a folder of images (--patches)")
+    for name, path in [*found.items(), *((f"{name}_mask", path) for name, path in masks.items())]:
+        of = name.removesuffix("_mask")
+        if name != of and (of not in masks or of not in found):
+            raise common.InputError(f"{path}: cuts out nothing; expected an image {of} beside it, and a mask as "
+                                    f"{', '.join(common.LABELS)} (--patches)")
+    patches = sorted((path, masks.get(name)) for name, path in found.items() if not name.endswith("_mask"))
+    if not patches:
+        raise common.InputError(f"{folder}: no image; expected some of {', '.join(common.IMAGES)} (--patches)")
+    return patches
 
 
 def read_patch(path, mask_path):
@@ -431,6 +447,22 @@ def read_patch(path, mask_path):
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     return image[box], mask[box]
+
+
+MIN_SEGMENT = 64   # pixels
+
+
+def segment(label, rng):
+    """bool (h, w), the shape of a random connected segment of a label map (H, W), cut to its box.
+
+    ASSUMPTION: each segment of at least MIN_SEGMENT pixels is as likely, of whatever class and size; where there is
+    none, a rectangle of the shape of the image."""
+    found = []
+    for c in np.setdiff1d(label, common.IGNORED):
+        parts, _ = ndimage.label(label == c)
+        boxes, sizes = ndimage.find_objects(parts), np.bincount(parts.ravel())[1:]
+        found += [parts[box] == k for k, (box, size) in enumerate(zip(boxes, sizes), 1) if size >= MIN_SEGMENT]
+    return found[rng.integers(len(found))] if found else np.ones(label.shape, bool)
 
 
 def resized(image, mask, h, w):
@@ -482,7 +514,8 @@ def pasted_data(args, checkpoint, root):
     """(Pasted, what it was made from)."""
     data = Pasted(pretrain.training_scenes(args, checkpoint, root), args.patches, args.seed, args.cut, args.paste_range,
                   args.pure, args.paste_control)
-    common.say(f"{len(data)} images, D_s = patches of {len(data.patches)} images in {args.patches}")
+    patches = f"patches of {len(data.patches)} images in {args.patches}" if data.patches else "pieces of other images"
+    common.say(f"{len(data)} images, D_s = {patches}")
     return data, dict(aux=data.identity(), train=None)
 
 
@@ -718,7 +751,8 @@ def system_flags(p):
                    help="D_s from the auxiliary set, from patches pasted into the training images, or from samples of "
                         "a flow trained jointly, pasted likewise (ours: mgu)")
     g.add_argument("--patches", metavar="FOLDER", help="paste: images of anything but the known classes; an alpha "
-                   "channel or NAME_mask.png (above 0) cuts out (default: none, paste needs one)")
+                   "channel or NAME_mask.png (above 0) cuts out (default: none; paste needs one, but for "
+                   "--paste-control inlier)")
     g.add_argument("--cut", choices=("side", "area"), help="paste: a patch is a rectangle whose sides are drawn each "
                    "by itself, or all of the image or mask, of a drawn area (ours: side)")
     g.add_argument("--paste-range", type=common.real(0, above=True), nargs=2, metavar=("LOW", "HIGH"),
@@ -728,7 +762,8 @@ def system_flags(p):
                    "all of which is D_s, or what the mask says (ours: 0)")
     g.add_argument("--paste-control", choices=("none", "off", "inlier", "decoy"),
                    help="controls. off: the same paste without D_s; inlier: D_s is a piece of another training image, "
-                        "of the same shape; decoy: such a piece beside the patch, with its labels in D_k (ours: none)")
+                        "of the same shape, or without --patches of a labelled segment's; decoy: such a piece beside the "
+                        "patch, with its labels in D_k (ours: none)")
     g.add_argument("--flow-lr", type=common.real(0, above=True), help="learning rate of the flow (ours: 1e-3)")
     g.add_argument("--flow-steps", type=common.whole(0), help="steps, in whole epochs, that train the flow alone "
                    "before --epochs (ours: 300)")
@@ -781,7 +816,7 @@ def checked(p, args):
     args.aux = args.aux or "auxiliary"
     if args.loss == "margin" and args.method == "mgu":
         args.method, method = "mask2anomaly", common.METHODS["mask2anomaly"]
-    if chosen == "paste" and not args.patches:
+    if chosen == "paste" and not args.patches and args.paste_control != "inlier":
         p.error("argument --patches: D_s comes from paste: expected a folder of images")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
         p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")

@@ -490,8 +490,11 @@ def test_table_of_the_study_on_real_unknowns(real_numbers):
         "| **MGU + AaFt**, the recipe | 2 | 15.00 / 20.00 / 0.00 (1 seed) | −1.0 |"]
     assert tables.table(real_numbers, "real camvid pooled") == "not run\n"
     # settled is neither: the pooled interval above holds 1, and one seed has none
-    assert tables.table(real_numbers, "summary systems").splitlines()[2:] == [
+    assert tables.table(real_numbers, "summary all").splitlines()[2:] == [
         "| MGU + AaFt, the recipe |  |  |  |  |  |  | × 1.50 (2) | × 1.50 (1) |  |  | –, –, –, −1.0 |"]
+    assert tables.table(real_numbers, "summary short").splitlines()[2:] == [
+        "| **MGU + AaFt**, the recipe |  |  |  |  |  |  | × 1.50 (2) | × 1.50 (1) |  |  | –, –, –, −1.0 |"]
+    assert set(tables.SHORT) <= {name for name, *_ in experiments.STUDIES["real"]}
     for words, expected in {"aupr over msp": "× 1.39", "aupr against msp": "× 1.39 [0.22, 8.62]", "aupr over clean":
                             "not run", "fpr95 against msp": "−5.0 [−17.7, +7.7]"}.items():
         assert tables.number(real_numbers, f"idd_lite_pasted recipe pooled {words}") == expected
@@ -500,7 +503,7 @@ def test_table_of_the_study_on_real_unknowns(real_numbers):
         tables.number(real_numbers, "idd_lite_pasted recipe miou over msp")
     for (name, seed), row in real_numbers["idd_lite_pasted"]["rows"].items():
         row["pooled"]["aupr"] = (3 - (name == "msp")) * (1 + 0.01 * seed * (name == "msp"))     # × 1.5, nearly as much
-    assert "| **× 1.50** (2) | × 1.50 (1) |" in tables.table(real_numbers, "summary systems")
+    assert "| **× 1.50** (2) | × 1.50 (1) |" in tables.table(real_numbers, "summary all")
 
 
 def test_table_of_curves(real_numbers):

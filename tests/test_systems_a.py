@@ -349,6 +349,63 @@ def test_paste_controls(patches):
     assert moved > 200
 
 
+def blobs(*ids):
+    """A label map of background 0 with a square (1) and an L (2), each of one of `ids`, and what is too small (3)."""
+    Z = np.zeros((40, 60), np.uint8)
+    Z[:3] = common.IGNORED
+    Z[5:15, 5:15] = ids[0]
+    Z[20:34, 10:14] = Z[30:34, 10:30] = ids[1]
+    Z[10:15, 40:45] = 3
+    return Z
+
+
+def test_segment_is_a_connected_part_of_a_class():
+    corner = np.zeros((14, 20), bool)
+    corner[:, :4] = corner[10:] = True
+    for ids in ((1, 2), (1, 1)):                                 # two of one class are still two
+        Z, seen = blobs(*ids), {}
+        rest = (Z == 0)[3:]
+        for seed in range(300):
+            shape = finetune.segment(Z, np.random.default_rng(seed))
+            name = next(k for k, want in (("square", np.ones((10, 10), bool)), ("corner", corner), ("rest", rest))
+                        if np.array_equal(shape, want))
+            seen[name] = seen.get(name, 0) + 1
+        assert len(seen) == 3 and all(70 < n < 130 for n in seen.values())
+    small = np.full((6, 6), common.IGNORED, np.uint8)
+    small[2:4, 2:4] = 1
+    assert finetune.segment(small, np.random.default_rng(0)).all()
+
+
+def test_pieces_without_patches(monkeypatch):
+    """D_s: a window of another street in the shape of a segment; the rest stays."""
+    Z = blobs(1, 2)
+    monkeypatch.setattr(Streets, "__getitem__", lambda self, key: dict(
+        image=torch.tensor(np.random.default_rng(key).integers(0, 256, (3, *Z.shape), np.uint8)),
+        label=torch.tensor(Z), index=key[1]))
+    data, streets, areas = pasted(None, sizes=(0.3, 0.5), control="inlier"), Streets(), set()
+    assert data.identity() == pasted(None, control="inlier").identity() != ""
+    for epoch in range(3):
+        for i in range(6):
+            item, clean = data[epoch, i], streets[epoch, i]
+            D_s = item["unknown"]
+            assert torch.equal(item["image"], data[epoch, i]["image"])
+            assert torch.equal(item["image"][:, ~D_s], clean["image"][:, ~D_s])
+            assert torch.equal(item["label"][~D_s], clean["label"][~D_s])
+            assert (item["label"][D_s] == common.IGNORED).all() and 12 <= max(
+                len(set(v.tolist())) for v in torch.where(D_s)) <= 20              # 0.3 to 0.5 of the 40 rows
+            y, x = (v.tolist() for v in torch.where(D_s))
+            found = 0
+            for j in set(range(6)) - {i}:                        # the first pixel is there, and so all are
+                other = streets[epoch, j]["image"]
+                for v, u in zip(*np.nonzero((other == item["image"][:, y[0], x[0], None, None]).all(0).numpy())):
+                    at = [b - y[0] + v for b in y], [b - x[0] + u for b in x]
+                    inside = min(at[0] + at[1]) >= 0 and max(at[0]) < 40 and max(at[1]) < 60
+                    found += inside and torch.equal(other[:, at[0], at[1]], item["image"][:, y, x])
+            assert found == 1
+            areas.add(int(D_s.sum()))
+    assert len(areas) > 6
+
+
 def test_bad_patches(tmp_path, patches):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "nowhere"):
@@ -673,6 +730,9 @@ def test_scripts(small, patches, tmp_path):
     assert len(steps) == 2 * (len(common.Scenes("toy", small / "toy", "train")) // 4), "an epoch of each"
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=5e-4, msg=name)
+
+    pieces = run_ok(*tune, "--negatives", "paste", "--paste-control", "inlier", "--out", "pieces.pt", folder=tmp_path)
+    assert "D_s = pieces of other images" in pieces.out
 
     for more, flag in ((("--method", "noisy"), "--patches"), (("--flow-lr", 1), "--flow-lr"),
                        (("--method", "rnvp", "--patches", "x"), "--patches"),

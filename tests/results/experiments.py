@@ -120,6 +120,8 @@ SYSTEMS = [
         "msp": ("pasted_kl_off", "control of the last: the same paste, no D_s")}),
     ("pasted_kl_inlier.pt", tuned("pasted_kl_inlier", negatives="paste", paste_control="inlier", **PASTE), {}, {
         "msp": ("pasted_kl_inlier", "control: AaFt on pieces of training images")}),
+    ("pieces.pt", tuned("pieces", negatives="paste", paste_control="inlier", epochs="EPOCHS"), {}, {
+        "msp": ("pieces", "AaFt on pieces of training images in the shapes of labelled segments, no patches")}),
 
     # part one: DenseHybrid, noisy negatives, Real NVP
     ("dh_mgu.pt", tuned("dh_mgu", before=[AUXILIARY], method="densehybrid", negatives="mgu", aux="auxiliary"), {}, {

@@ -19,8 +19,9 @@
                                                            interval, on each test of a training set; or pooled,
                                                            fpr95, objects
     <!-- table real idd_lite per_image recipe -->…         the same over another row's
-    <!-- table summary systems -->…<!-- /table -->         every system on every test, AUPR per image over MSP's; bold
-                                                           where its two intervals are on one side of 1
+    <!-- table summary all -->…<!-- /table -->             every system on every test, AUPR per image over MSP's; bold
+                                                           where its two intervals are on one side of 1; or short: a
+                                                           row or two of each system
     <!--= toy recipe pooled aupr factor-->× 1.61<!--/-->   a number in a sentence
 
 A number is named by its test set, its row, pooled, per_image or miou, the metric, how the seeds are put together (mean,
@@ -329,6 +330,17 @@ VARIANTS = {"clean_mix", "eta2", "eta10", "augmented", "augmented_mix", "kl0.05"
             "early", "early_recipe", "dh_paste_msp", "dh_decoy", "noisy_plain", "noisy_frozen", "pans_msp", "pgan_one",
             "dicnet_fifth", "synthcp_1", "synthcp_0.9",
             *(name for *_, scores in experiments.REAL_ALPHAS for name, _ in scores.values())}
+SHORT = {       # the rows of the main page: what they are called there
+    "entropy": "entropy", "maxlogit": "max logit", "ensemble": "Deep Ensemble", "tradi": "TRADI, 10 samples",
+    "cknn": "dense kNN with energy", "cknn16": "the same, on the backbone's map of stride 16",
+    "recipe": "**MGU + AaFt**, the recipe", "recipe_entropy": "the same, entropy",
+    "clean": "control of MGU + AaFt: L_k alone", "sign": "control of MGU + AaFt: random signs",
+    "pasted_kl": "AaFt on pasted cut-outs", "pasted_kl_inlier": "the same shapes, pieces of training images",
+    "pieces": "pieces of training images in the shapes of segments",
+    "dh_mgu": "DenseHybrid on MGU's D_s", "dh_paste": "DenseHybrid, pasted cut-outs",
+    "noisy_msp": "noisy negatives × MSP", "rnvp_entropy": "Real NVP outliers, entropy", "pans": "PAnS",
+    "pgan": "PGAN (its abstract)", "m2f": "Mask2Former, max logit", "maskomaly": "Maskomaly, rejection alone",
+    "margin": "Mask2Anomaly's loss on MGU's D_s, max logit", "synthcp": "SynthCP", "dicnet": "DiCNet"}
 ALL_TESTS = {   # of every system: what the column is called
     "systems_toy": "toy", "systems_camvid": "CamVid: bicyclist", "camvid_pasted": "CamVid: pasted",
     "camvid_roadanomaly": "RoadAnomaly", "camvid_roadobstacle21": "RoadObstacle21",
@@ -337,11 +349,12 @@ ALL_TESTS = {   # of every system: what the column is called
     "idd_lite_fishyscapes_static": "Fishyscapes Static"}
 
 
-def summary(tests):
+def summary(tests, length):
     """Every system on every test: AUPR per image over MSP's, with the number of seeds where it is not three; bold where
-    it is settled. mIoU: points against MSP, of each of the four models f."""
-    rows = []
-    for name, label, *_ in experiments.STUDIES["real"][1:]:
+    it is settled. mIoU: points against MSP, of each of the four models f. length: "all", or "short" for SHORT."""
+    rows, shown = [], {name: label.replace("**", "") for name, label, *_ in experiments.STUDIES["real"][1:]
+                       if name not in VARIANTS}
+    for name, label in (SHORT if length == "short" else shown).items():
         cells, points = [], []
         for key in ALL_TESTS:
             test = tests.get(key, dict(rows={}))
@@ -351,8 +364,8 @@ def summary(tests):
                          if n else "")
             if key.endswith(("toy", "camvid", "pasted")):
                 points.append(mean(against(test, name, "miou", factor=False), "{:+.1f}") if n else "–")
-        if any(cells) and name not in VARIANTS:
-            rows.append([label.replace("**", ""), *cells, ", ".join(points)])
+        if any(cells):
+            rows.append([label, *cells, ", ".join(points)])
     return lines_of(["AUPR over MSP", *ALL_TESTS.values(), "mIoU"], rows) if rows else f"{ABSENT}\n"
 
 
@@ -431,7 +444,7 @@ def table(tests, words):
     if kind == "choice":
         return choice(tests, name)
     if kind == "summary":
-        return summary(tests)
+        return summary(tests, name)
     if kind == "remedies":
         return remedies(tests, name)
     if kind == "both":
