@@ -29,7 +29,7 @@ KINDS = {   # label of the kind: its colour, {row: short label}
     "D_s pasted into training images": ("tab:green", {
         "pasted_kl": "AaFt, cut-outs", "dh_paste": "DenseHybrid, cut-outs", "noisy": "noisy negatives",
         "pasted_kl_off": "control: the paste, no D_s",
-        "pasted_kl_inlier": "control: pieces of training images"}),
+        "pasted_kl_inlier": "AaFt, pieces of training images", "pieces": "pieces, shapes of segments"}),
     "related systems": ("tab:orange", {
         "dh_mgu": "DenseHybrid, D_s of MGU", "rnvp_entropy": "Real NVP, entropy", "pgan": "PGAN",
         "m2f": "mask classification", "margin": "Mask2Anomaly's loss"}),
@@ -68,9 +68,9 @@ def put_label(ax, text, at, colour, taken):
 def draw(found, out):
     fig, axes = plt.subplots(1, 2, figsize=(11, 5.8), sharex=True, sharey=True)
     fig.subplots_adjust(left=0.07, right=0.99, bottom=0.09, top=0.94, wspace=0.04)
-    axes[0].set(xscale="log", yscale="log", xlim=(0.75, 6.4), ylim=(0.36, 2.75), ylabel="AUPR over MSP: RoadAnomaly")
+    axes[0].set(xscale="log", yscale="log", xlim=(0.75, 8), ylim=(0.36, 2.9), ylabel="AUPR over MSP: RoadAnomaly")
     for axis in (axes[0].xaxis, axes[0].yaxis):
-        axis.set_major_locator(matplotlib.ticker.FixedLocator([0.4, 0.5, 0.7, 1, 1.4, 2, 3, 4, 5]))
+        axis.set_major_locator(matplotlib.ticker.FixedLocator([0.4, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6]))
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
         axis.set_major_formatter(lambda value, _: f"× {value:g}")
     for ax, (data, title) in zip(axes, PANELS.items()):
