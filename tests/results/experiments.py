@@ -284,7 +284,9 @@ TRADI = "pretrained.pt", [], {"tradi": 10}, {"msp": ("tradi", "TRADI, 10 samples
 REAL_SYSTEMS = [TRADI if "tradi" in flags else (ckpt, stages, flags, scores)
                 for ckpt, stages, flags, scores in SYSTEMS[5:]]
 
-ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + REAL_SYSTEMS + REAL_ALPHAS, "realchoice": REAL_ROWS + REAL_ALPHAS}
+PASTED = REAL_SYSTEMS[:4]      # AaFt on cut-outs and on pieces of training images
+ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + REAL_SYSTEMS + REAL_ALPHAS,
+           "realchoice": REAL_ROWS + PASTED + REAL_ALPHAS}
 STUDIES = {"choice": CHOICE, "main": MAIN,
            "quick": [MSP, ("recipe", "**the recipe**", "default", {})],
            **{study: [(*row, None, {}) for *_, scores in entries for row in scores.values()]
