@@ -29,7 +29,7 @@ if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean
 of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 and
 mIoU in points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
 protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json, `alarms camvid recipe roadanomaly known`
-of alarms.json, `crossed camvid sign wrong` of crossed.json. What the files do not hold is "not run".
+(`as sign`: over the seeds of that row) of alarms.json, `crossed camvid sign wrong` of crossed.json. What the files do not hold is "not run".
 """
 import functools
 import json
@@ -156,7 +156,10 @@ def number(tests, words):
         row, = (r for r in test[trained_on]["evaluation"]["rows"] if (r["data"], r["score"]) == (data, score))
         return mean([row[of[0]][of[1]]], form)
     if words[0] == "alarms":
-        return mean([r[words[4]] for r in test["rows"] if [r[k] for k in ("trained_on", "row", "data")] == words[1:4]],
+        like = words[6:] or words[2:3]       # "as ROW": the mean over the seeds that this row has too
+        seeds = {r["seed"] for r in test["rows"] if [r["trained_on"], r["row"]] == [words[1], *like]}
+        return mean([r[words[4]] for r in test["rows"] if r["seed"] in seeds and
+                     [r[k] for k in ("trained_on", "row", "data")] == words[1:4]],
                     f"{{:.{1 if digits is None else digits}f}}")
     if words[0] == "crossed":
         return mean([r[words[3]] for r in test["rows"] if [r[k] for k in ("trained_on", "row")] == words[1:3]],
