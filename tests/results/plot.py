@@ -27,7 +27,7 @@ KINDS = {   # label of the kind: its colour, {row: short label}
         "clean": "L_k alone", "still": "X unmoved", "noise": "shuffled", "sign": "random signs",
         "other": "MGU of another f"}),
     "D_s pasted into training images": ("tab:green", {
-        "pasted_kl": "AaFt, cut-outs", "dh_paste": "DenseHybrid, cut-outs", "noisy": "noisy negatives",
+        "pasted_kl": "AaFt, cut-outs", "dh_paste": "DenseHybrid, cut-outs", "noisy": "noisy negatives, outlier head",
         "pasted_kl_off": "control: the paste, no D_s",
         "pasted_kl_inlier": "AaFt, pieces of training images", "pieces": "pieces, shapes of segments"}),
     "related systems": ("tab:orange", {
