@@ -762,8 +762,8 @@ def system_flags(p):
                    "all of which is D_s, or what the mask says (ours: 0)")
     g.add_argument("--paste-control", choices=("none", "off", "inlier", "decoy"),
                    help="controls. off: the same paste without D_s; inlier: D_s is a piece of another training image, "
-                        "of the same shape, or without --patches of a labelled segment's; decoy: such a piece beside the "
-                        "patch, with its labels in D_k (ours: none)")
+                        "of the same shape, or without --patches of a labelled segment's; decoy: such a piece beside "
+                        "the patch, with its labels in D_k (ours: none)")
     g.add_argument("--flow-lr", type=common.real(0, above=True), help="learning rate of the flow (ours: 1e-3)")
     g.add_argument("--flow-steps", type=common.whole(0), help="steps, in whole epochs, that train the flow alone "
                    "before --epochs (ours: 300)")

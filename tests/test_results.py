@@ -419,7 +419,8 @@ def test_table_of_alarms(numbers):
     assert tables.number(tests, "alarms camvid recipe folder anomalous") == "39.0"
     assert tables.number(tests, "alarms camvid msp roadanomaly known 2") == "11.04"
     assert tables.number(tests, "alarms camvid recipe roadanomaly known") == "not run"
-    assert [tables.number(tests, f"alarms camvid recipe folder known{more}") for more in ("", " as msp")] == ["9.0", "8.0"]
+    assert tables.number(tests, "alarms camvid recipe folder known") == "9.0"
+    assert tables.number(tests, "alarms camvid recipe folder known as msp") == "8.0"
     (numbers / "alarms.json").unlink()
     assert tables.table(tables.load(numbers), "alarms camvid") == "not run\n"
     rows = [dict(trained_on="camvid", row=row, seed=seed, right=100, wrong=10 + seed, max_softmax=0.5)

@@ -29,7 +29,8 @@ if nothing is said; sd; by-seed; factor or gain, over MSP of the same seed, mean
 of the factors; `over sign`: over the row sign as in the table real; `against sign`: with the interval, of FPR95 and
 mIoU in points) and, if wanted, its decimals. `toy mgu default flip_rate` is of an auxiliary set, `toy base_rate` of the
 protocol, `photographs camvid msp roadanomaly pooled aupr` of photographs.json, `alarms camvid recipe roadanomaly known`
-(`as sign`: over the seeds of that row) of alarms.json, `crossed camvid sign wrong` of crossed.json. What the files do not hold is "not run".
+(`as sign`: over the seeds of that row) of alarms.json, `crossed camvid sign wrong` of crossed.json. What the files do
+not hold is "not run".
 """
 import functools
 import json
