@@ -817,7 +817,7 @@ def checked(p, args):
     if args.loss == "margin" and args.method == "mgu":
         args.method, method = "mask2anomaly", common.METHODS["mask2anomaly"]
     if chosen == "paste" and not args.patches and args.paste_control != "inlier":
-        p.error("argument --patches: D_s comes from paste: expected a folder of images")
+        p.error("argument --patches: D_s comes from paste: expected a folder of images, or --paste-control inlier")
     if args.paste_range and args.paste_range[0] > args.paste_range[1] or max(args.paste_range or [0]) > 1:
         p.error(f"argument --paste-range: expected shares LOW ≤ HIGH ≤ 1, found {args.paste_range}")
     cut = method.get("cut", "side")                              # what the method's range is of
