@@ -105,15 +105,7 @@ ON_PRETRAINED = {"msp": ("msp", "MSP"), "entropy": ("entropy", "entropy"), "maxl
                  "energy": ("energy", "energy")}
 ON_RECIPE = {"msp": ("recipe", "**MGU + AaFt**, the recipe"), "entropy": ("recipe_entropy", "MGU + AaFt, entropy")}
 KNN = {"knn": ("knn", "dense kNN"), "cknn": ("cknn", "dense kNN with energy")}      # slow, and so on their own
-SYSTEMS = [
-    ("pretrained.pt", [], {}, ON_PRETRAINED),
-    ("pretrained.pt", [], {}, KNN),
-    ("recipe.pt", RECIPE, {}, ON_RECIPE),
-    ("recipe.pt", RECIPE, {}, {"knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
-    ("clean.pt", tuned("clean", before=[AUXILIARY], aux="auxiliary", images="clean"), {}, {
-        "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
-
-    # the recipe's loss on real objects in place of MGU's D_s
+PASTED = [   # the recipe's loss on cut-outs and on pieces of training images in place of MGU's D_s
     ("pasted_kl.pt", tuned("pasted_kl", negatives="paste", **PASTE), {}, {
         "msp": ("pasted_kl", "AaFt on pasted cut-outs")}),
     ("pasted_kl_off.pt", tuned("pasted_kl_off", negatives="paste", paste_control="off", **PASTE), {}, {
@@ -122,6 +114,16 @@ SYSTEMS = [
         "msp": ("pasted_kl_inlier", "control: AaFt on pieces of training images")}),
     ("pieces.pt", tuned("pieces", negatives="paste", paste_control="inlier", epochs="EPOCHS"), {}, {
         "msp": ("pieces", "AaFt on pieces of training images in the shapes of labelled segments, no patches")}),
+]
+SYSTEMS = [
+    ("pretrained.pt", [], {}, ON_PRETRAINED),
+    ("pretrained.pt", [], {}, KNN),
+    ("recipe.pt", RECIPE, {}, ON_RECIPE),
+    ("recipe.pt", RECIPE, {}, {"knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
+    ("clean.pt", tuned("clean", before=[AUXILIARY], aux="auxiliary", images="clean"), {}, {
+        "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
+
+    *PASTED,
 
     # part one: DenseHybrid, noisy negatives, Real NVP
     ("dh_mgu.pt", tuned("dh_mgu", before=[AUXILIARY], method="densehybrid", negatives="mgu", aux="auxiliary"), {}, {
@@ -284,7 +286,6 @@ TRADI = "pretrained.pt", [], {"tradi": 10}, {"msp": ("tradi", "TRADI, 10 samples
 REAL_SYSTEMS = [TRADI if "tradi" in flags else (ckpt, stages, flags, scores)
                 for ckpt, stages, flags, scores in SYSTEMS[5:]]
 
-PASTED = REAL_SYSTEMS[:4]      # AaFt on cut-outs and on pieces of training images
 ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + REAL_SYSTEMS + REAL_ALPHAS,
            "realchoice": REAL_ROWS + PASTED + REAL_ALPHAS}
 STUDIES = {"choice": CHOICE, "main": MAIN,
