@@ -115,16 +115,15 @@ PASTED = [   # the recipe's loss on cut-outs and on pieces of training images in
     ("pieces.pt", tuned("pieces", negatives="paste", paste_control="inlier", epochs="EPOCHS"), {}, {
         "msp": ("pieces", "AaFt on pieces of training images in the shapes of labelled segments, no patches")}),
 ]
-SYSTEMS = [
+BASE = [      # MSP, dense kNN, the recipe and its control
     ("pretrained.pt", [], {}, ON_PRETRAINED),
     ("pretrained.pt", [], {}, KNN),
     ("recipe.pt", RECIPE, {}, ON_RECIPE),
     ("recipe.pt", RECIPE, {}, {"knn": ("recipe_knn", "MGU + AaFt, dense kNN")}),
     ("clean.pt", tuned("clean", before=[AUXILIARY], aux="auxiliary", images="clean"), {}, {
         "msp": ("clean", "control: L_k alone"), "knn": ("clean_knn", "control: L_k alone, dense kNN")}),
-
-    *PASTED,
-
+]
+RELATED = [
     # part one: DenseHybrid, noisy negatives, Real NVP
     ("dh_mgu.pt", tuned("dh_mgu", before=[AUXILIARY], method="densehybrid", negatives="mgu", aux="auxiliary"), {}, {
         "hybrid": ("dh_mgu", "DenseHybrid on MGU's D_s")}),
@@ -203,6 +202,7 @@ SYSTEMS = [
     ("pretrained.pt", tuned("student_16", distill=(), epochs="16 EPOCHS"), {"student": "student_16.pt"}, {
         "dicnet": ("dicnet_16", "DiCNet, 16 times as many steps")}),
 ]
+SYSTEMS = BASE + PASTED + RELATED
 FIRST_SEED = ("ensemble", "dicnet", "dicnet_fifth", "dicnet_4", "dicnet_16")    # rows of one seed
 # The study on real unknowns: f on two data sets, all classes known. Test images are in-domain, with pasted cut-outs of
 # the test's half of the outdoor classes of COCO, and photographs from elsewhere. `realchoice` looks at validation
@@ -284,7 +284,7 @@ REAL_ALPHAS = [one_row("kl1", "L_KL, α = 1", alpha=1)] + [
 TRACKED = {"tradi": (0.02, 0.02)}    # TRADI only watches a training: that of f itself
 TRADI = "pretrained.pt", [], {"tradi": 10}, {"msp": ("tradi", "TRADI, 10 samples")}
 REAL_SYSTEMS = [TRADI if "tradi" in flags else (ckpt, stages, flags, scores)
-                for ckpt, stages, flags, scores in SYSTEMS[5:]]
+                for ckpt, stages, flags, scores in PASTED + RELATED]
 
 ENTRIES = {"systems": SYSTEMS, "real": REAL_ROWS + REAL_SYSTEMS + REAL_ALPHAS,
            "realchoice": REAL_ROWS + PASTED + REAL_ALPHAS}
