@@ -136,8 +136,8 @@ METHODS = {  # finetune.py --method NAME: the related systems, in what they diff
 def resolve(args, stage, data, arch=None, without=()):
     """Fill every flag of `args` that was not given (None) from the method, the recipe of `data`, or the defaults.
 
-    `without`: names that stay None: nothing in this run reads them. Returns one line that names each setting and where
-    it came from."""
+    `without`: names that stay None: nothing in this run reads them. Returns one line that names each setting that
+    has an effect and where it came from."""
     told, recipe = [], RECIPES.get(data, {}).get(stage, {})
     tables = dict(method=METHODS[getattr(args, "method", "mgu")], recipe=recipe, paper=PAPER[stage], ours=OURS[stage])
     for name in [n for n in {**PAPER[stage], **OURS[stage]} if n not in without]:
@@ -149,7 +149,9 @@ def resolve(args, stage, data, arch=None, without=()):
             source = source if arch in value else "ours"
             value = value.get(arch, value["deeplabv3"])
         setattr(args, name, value)
-        told.append(f"{name.replace('_', '-')} {value} ({source})")
+        arch = value if name == "arch" else arch
+        if arch in ARCH_FLAGS.get(name, (arch,)):
+            told.append(f"{name.replace('_', '-')} {value} ({source})")
     return "settings: " + " · ".join([*told, f"seed {args.seed}"])
 
 
@@ -178,6 +180,8 @@ def real(low=0.0, above=False):
 
 ARCHS = ("deeplabv3", "pspnet", "fpn", "mask2former")
 PYRAMIDS = ("fpn", "mask2former")   # heads that see the maps of all strides of an undilated backbone
+ARCH_FLAGS = {"width": PYRAMIDS,     # settings that the other architectures do not have
+              **dict.fromkeys(("attention", "queries", "decoder_layers"), ("mask2former",))}
 ATTENTIONS = ("masked", "global")   # of mask2former: Mask2Former's, Mask2Anomaly's
 CLASSIFIERS = ("linear", "cosine")
 BACKBONES = {   # ImageNet weights: those of torchvision's own segmentation models, and MobileNetV2's of the same recipe

@@ -860,18 +860,15 @@ def load_backbone(f, weights, flag="--weights"):
                                 f"{str(e).splitlines()[-1].strip()[:200]}")
 
 
-ARCH_FLAGS = {"width": common.PYRAMIDS, **dict.fromkeys(("attention", "queries", "decoder_layers"), ("mask2former",))}
-
-
 def main():
     args = parse()
     device = common.setup(args.device, tf32=True)
-    given = [name for name in ARCH_FLAGS if getattr(args, name) is not None]
+    given = [name for name in common.ARCH_FLAGS if getattr(args, name) is not None]
     common.say(common.resolve(args, "pretrain", args.data))
     for name in given:
-        if args.arch not in ARCH_FLAGS[name]:
+        if args.arch not in common.ARCH_FLAGS[name]:
             raise common.InputError(f"--{name.replace('_', '-')}: without effect on --arch {args.arch}; "
-                                    f"it is for {' and '.join(ARCH_FLAGS[name])}")
+                                    f"it is for {' and '.join(common.ARCH_FLAGS[name])}")
     args.alpha, args.loss = 0, "er"   # Eq. 5 with an empty D_s
     with common.first_rank_first():
         if args.data == "toy":

@@ -414,6 +414,16 @@ def test_resolve_takes_flag_then_recipe_then_paper():
         assert part in told
 
 
+def test_the_line_of_settings_names_what_the_architecture_has():
+    for arch, names in (("deeplabv3", ()), ("fpn", ("width 64",)),
+                        ("mask2former", ("width 64", "attention masked", "queries 32", "decoder-layers 3"))):
+        args = SimpleNamespace(**dict.fromkeys({**common.PAPER["pretrain"], **common.OURS["pretrain"]}), seed=0)
+        args.arch = arch
+        told = common.resolve(args, "pretrain", "toy").split(" · ")
+        found = [part.split(" (")[0] for part in told if part.startswith(("width", "attention", "queries", "decoder"))]
+        assert tuple(found) == names and (args.width, args.queries) == (64, 32)
+
+
 @pytest.mark.parametrize("data", ("streethazards", "bdd"))
 def test_the_papers_datasets_have_the_papers_settings(data):
     """Sec. IV-A: Adam with 1e-4, 1000 epochs, batches of 256; 300 images a class; 10 and 30 epochs, α = 0.05, L_ER."""
