@@ -134,7 +134,8 @@ RELATED = [
     ("dh_inlier.pt", pasting("dh_inlier", "densehybrid", paste_control="inlier"), {}, {
         "hybrid": ("dh_inlier", "control: DenseHybrid on pieces of training images")}),
     ("noisy.pt", pasting("noisy", "noisy"), {}, {
-        "outlier": ("noisy", "noisy negatives, outlier head"), "outlier_msp": ("noisy_msp", "noisy negatives × MSP"),
+        "outlier": ("noisy", "noisy negatives, outlier head"),
+        "outlier_msp": ("noisy_msp", "noisy negatives, times MSP"),
         "msp": ("noisy_plain", "the same, MSP")}),
     ("noisy_inlier.pt", pasting("noisy_inlier", "noisy", paste_control="inlier"), {}, {
         "outlier_msp": ("noisy_inlier", "control: noisy negatives, pieces of training images")}),

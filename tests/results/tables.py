@@ -342,7 +342,7 @@ SHORT = {       # the rows of the main page: what they are called there
     "pasted_kl": "AaFt on pasted cut-outs", "pasted_kl_inlier": "the same shapes, pieces of training images",
     "pieces": "pieces of training images in the shapes of segments",
     "dh_mgu": "DenseHybrid on MGU's D_s", "dh_paste": "DenseHybrid, pasted cut-outs",
-    "noisy_msp": "noisy negatives × MSP", "rnvp_entropy": "Real NVP outliers, entropy", "pans": "PAnS",
+    "noisy_msp": "noisy negatives, times MSP", "rnvp_entropy": "Real NVP outliers, entropy", "pans": "PAnS",
     "pgan": "PGAN (its abstract)", "m2f": "Mask2Former, max logit", "maskomaly": "Maskomaly, rejection alone",
     "margin": "Mask2Anomaly's loss on MGU's D_s, max logit", "synthcp": "SynthCP", "dicnet": "DiCNet"}
 ALL_TESTS = {   # of every system: what the column is called
