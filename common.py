@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 FORMAT = 1                    # version of the checkpoint and sample files written here
 IGNORED, ANOMALY = 255, 254   # label values beside the classes 0..N-1
+FOREIGN, KNOWN = 253, 252     # the same: an id that the data set does not name; see `known` of a data set's terms
 
 
 class InputError(Exception):
@@ -255,9 +256,14 @@ class Bilinear(torch.autograd.Function):
         return A.T @ (g @ B), None
 
 
+def single(x):
+    """float32 where autocast has made bfloat16; float64 stays."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def upsample(x, size):
     """Bilinear, in float32 under autocast too: CUDA sums the gradient of an upsampling in the type of its output."""
-    x = x.float() if x.dtype == torch.bfloat16 else x
+    x = single(x)
     if x.is_cuda and torch.are_deterministic_algorithms_enabled():                        # mgu_generate.py
         return Bilinear.apply(x, tuple(size))
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
@@ -398,7 +404,7 @@ def dilate(trunk, first):
 
 def log_softmax(logits):
     """log S (Eq. 1) of logits (B, N, H, W)."""
-    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
+    return F.log_softmax(single(logits), 1)
 
 
 def masked_mean(values, mask, count=None):
@@ -502,7 +508,6 @@ def segmentation_metrics(matrix, classes):
 #   counts           number of images of each split, for a warning
 #   source           where to get it, for the messages
 
-KNOWN, FOREIGN = 252, 253   # label values beside IGNORED and ANOMALY: see `known`; an id that the entry does not name
 SPLITS = ("train", "val", "test")
 STREETHAZARDS = {
     # ASSUMPTION: N = 12, with background as a class and "other" (id 4) ignored; the CAOS code trains 13
@@ -1193,6 +1198,26 @@ def save_json(path, value):
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def load_manifest(folder, flag):
+    """manifest.json of a complete auxiliary set, as a dict; InputError where it is missing (`flag` asked for it), not
+    complete, or names no files of `folder`."""
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected the set that mgu_generate.py writes ({flag})")
+    manifest = load_json(path)
+    for key, kind in dict(settings=dict, samples=list).items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise InputError(f"{path}: no {key}: the set is not complete; run mgu_generate.py again to finish it")
+    names = manifest["samples"]
+    if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise InputError(f"{path}: samples is no list of file names; expected a file of mgu_generate.py")
+    missing = [n for n in names if not Path(folder, n).is_file()]
+    if missing:
+        raise InputError(f"{Path(folder, missing[0])}: missing, and {len(missing) - 1} others; "
+                         "run mgu_generate.py again")
+    return manifest
+
+
 def load_json(path):
     """InputError where the file is missing or no JSON."""
     try:
@@ -1627,7 +1652,7 @@ def loss_js(log_S):
 
 def loss_energy(logits):
     """log Σ_i exp z_i of each pixel (B, H, W): DenseHybrid's log p̂(x) up to a constant. It has no lower bound."""
-    return (logits if logits.dtype == torch.float64 else logits.float()).logsumexp(1)
+    return single(logits).logsumexp(1)
 
 
 def objective_outlier(logits, Z, unknown, alpha, loss="er", n_k=None, n_s=None, outlier=None, gamma=0.0):
@@ -1638,7 +1663,7 @@ def objective_outlier(logits, Z, unknown, alpha, loss="er", n_k=None, n_s=None, 
     value = objective(logits, Z, unknown, alpha, loss, n_k, n_s)
     if gamma:
         known = (Z < logits.shape[1]) & ~unknown
-        d = outlier if outlier.dtype == torch.float64 else outlier.float()
+        d = single(outlier)
         per_pixel = F.binary_cross_entropy_with_logits(d, unknown.to(d.dtype), reduction="none")
         value = value + gamma * masked_mean(per_pixel, known | unknown, None if n_k is None else n_k + n_s)
     return value
@@ -1966,11 +1991,6 @@ class Synthesizer(nn.Module):
         judged = torch.func.functional_call(self.discriminator, frozen, (torch.cat([Y, image], 1),))
         return dict(image=image, judged=judged, real=self.discriminator(torch.cat([Y, X], 1)),
                     fake=self.discriminator(torch.cat([Y, image.detach()], 1)))
-
-
-def single(x):
-    """float32 where autocast has made bfloat16: losses are not sums of rounded terms."""
-    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def one_hot(Z, N):

@@ -34,7 +34,6 @@ main
 import argparse
 import contextlib
 import errno
-import functools
 import math
 import os
 import platform
@@ -197,9 +196,10 @@ def score_energy(logits):
 
 
 PLAIN = dict(msp=score_msp, entropy=score_entropy, maxlogit=score_maxlogit, energy=score_energy)
+LOG_1_MINUS_MAX_S = ("msp", "dropout", "crf")     # scores that are told and drawn as 1 − max S
 
 
-def mean_softmax(logits):
+def log_mean_softmax(logits):
     """log of the mean softmax of several logits [(B, N, H, W), …]: Deep Ensemble (Lakshminarayanan et al., NeurIPS
     2017), MC-dropout."""
     return torch.stack([common.log_softmax(z) for z in logits]).logsumexp(0) - np.log(len(logits))
@@ -209,20 +209,20 @@ def dropout_layers(f):
     return [m for m in f.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
 
 
-def dropout_logits(f, X, passes):
+def dropout_log_S(f, X, passes):
     """MC-dropout (Gal & Ghahramani, ICML 2016): log of the mean softmax over passes with dropout on (B, N, H, W).
     ASSUMPTION: 10 passes by default (--passes).
 
     Batch norm keeps its averages. Dropout is off again at the end; its masks come from torch's global generator."""
     for m in dropout_layers(f):
         m.train()
-    logits = mean_softmax([f(X) for _ in range(passes)])
+    logits = log_mean_softmax([f(X) for _ in range(passes)])
     for m in dropout_layers(f):
         m.eval()
     return logits
 
 
-def crf_logits(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, radius=20, stride=4):
+def crf_log_S(log_S, iterations=10, sigma_xy=10.0, sigma_p=13.0, compat=10.0, radius=20, stride=4):
     """Dense-CRF refinement of a softmax (Krähenbühl & Koltun, NeurIPS 2011): log of the mean-field marginals.
 
     Unary −log S; Potts compatibility `compat` times a bilateral kernel over position and class probabilities,
@@ -281,13 +281,13 @@ def make_dropout(name, fs, args, device):
 
     def dropout(X, seen, index):
         torch.manual_seed((args.seed * 1_000_003 + index) % 2**63)
-        return score_msp(mean_softmax([dropout_logits(f, X, args.passes) for f in fs]))
+        return score_msp(log_mean_softmax([dropout_log_S(f, X, args.passes) for f in fs]))
     return dropout
 
 
 def make_crf(name, fs, args, device):
     """MSP after the dense CRF."""
-    return lambda X, seen, index: score_msp(crf_logits(seen["log_S"], args.crf_iterations))
+    return lambda X, seen, index: score_msp(crf_log_S(seen["log_S"], args.crf_iterations))
 
 
 def prepare_scores(fs, names, args, device):
@@ -302,7 +302,7 @@ def forward(fs, X):
     logits = [o["logits"].float() for o in each]
     if len(each) == 1:
         return dict(each=each, logits=logits[0], mixture=logits[0], log_S=common.log_softmax(logits[0]))
-    log_S = mean_softmax(logits)
+    log_S = log_mean_softmax(logits)
     return dict(each=each, logits=torch.stack(logits).mean(0), mixture=log_S, log_S=log_S)
 
 
@@ -329,7 +329,9 @@ def over_views(X, views, maps):
         of_view, log_S_of_view = maps(seen.flip(-1) if flip else seen)
         back = lambda t: resized(t.flip(-1) if flip else t, own)
         scores = {k: back(v[:, None])[:, 0] + scores.get(k, 0) for k, v in of_view.items()}
-        log_S = back(log_S_of_view) if log_S is None else torch.logaddexp(log_S, back(log_S_of_view))
+        same = log_S_of_view.shape[-2:] == own                     # else the softmax is resized, not its logarithm
+        of_view = back(log_S_of_view) if same else back(log_S_of_view.exp()).log()
+        log_S = of_view if log_S is None else torch.logaddexp(log_S, of_view)
     return {k: v / len(views) for k, v in scores.items()}, log_S - math.log(len(views))
 
 
@@ -672,7 +674,7 @@ def short_names(paths):
     """A label for each file: its stem, with as many folders before it as tell it from the others.
 
     run0/ft.pt, run1/ft.pt, pretrained.pt → run0/ft, run1/ft, pretrained. Raises InputError for a file named twice."""
-    parts = [Path(os.path.abspath(p)).with_suffix("").parts for p in paths]
+    parts = [(p.parent / p.name.removesuffix(".pt")).parts for p in (Path(os.path.abspath(p)) for p in paths)]
     names = []
     for i, mine in enumerate(parts):
         if mine in parts[:i]:
@@ -728,7 +730,8 @@ def open_scenes(args, checkpoint):
 def validation_scenes(scenes, checkpoint, train_root=None):
     """The images on which thresholds are set: the validation split of the data set itself, where it has one and
     classes; else that of the checkpoint's, in the folder `train_root` if it is given."""
-    if scenes.classes and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
+    own = scenes.data == checkpoint["data"]
+    if scenes.classes and not (own and train_root) and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
         anomaly = checkpoint["anomaly"] if scenes.data == checkpoint["data"] else None
         return common.Scenes(scenes.data, scenes.root, "val", anomaly)
     root = common.data_root(train_root, checkpoint, "--train-root")
@@ -900,13 +903,12 @@ class Marked:
 
 
 @torch.no_grad()
-def evaluate(models, scenes, ignore, args, device, tallies=None):
+def evaluate(models, scores, scenes, ignore, args, device, tallies=None):
     """Run every model of {label: [f, …]} over the split; {label: Tally}, {index: pixel counts}, seconds by part.
 
     Loading and metrics run in threads beside the forward pass. `ignore` (256,) bool says which labels are left out;
     `tallies` {label: Tally or Marked} (default: a Tally each) is what is filled and returned."""
     tallies = tallies or {label: Tally(args.score, fs[0].num_classes) for label, fs in models.items()}
-    scores = {label: prepare_scores(fs, args.score, args, device) for label, fs in models.items()}
     counts, spent = {}, dict(forward=0.0, metrics=0.0)
 
     def account(item, label, maps):
@@ -945,23 +947,23 @@ def evaluate(models, scenes, ignore, args, device, tallies=None):
     return tallies, {k: v for part in common.gather(counts) for k, v in part.items()}, spent
 
 
-def calibrate(models, scenes, checkpoints, args, device):
+def calibrate(models, scores, scenes, checkpoints, args, device):
     """{share: {label: {score: threshold}}} from validation images, for 0.95 (--open) and --operating-point: with this
     recall there, where they hold anomalies; else 1 − share of their pixels are flagged. On rank 0."""
     common.say(f"thresholds from the {len(scenes)} validation images of {scenes.root}")
-    tallies = evaluate(models, scenes, ignored_labels(args, scenes, checkpoints)[0], args, device)[0]
+    tallies = evaluate(models, scores, scenes, ignored_labels(args, scenes, checkpoints)[0], args, device)[0]
     pick = lambda h, share: share_threshold(h, share) if h.total[0] else \
         share_threshold(h, round(1 - share, 9), swapped=True)
     return {share: {label: {s: pick(h, share) for s, h in tally.histograms.items()} for label, tally in tallies.items()}
             for share in {args.operating_point or 0.95, 0.95}}
 
 
-def assess(models, scenes, checkpoints, calibrated, args, device):
+def assess(models, scores, scenes, checkpoints, calibrated, args, device):
     """Everything about one data set: dict(protocol, rows, and what the figures need); None but on rank 0."""
     ignore, left_out = ignored_labels(args, scenes, checkpoints)
     folds = two_folds(scenes) if args.open and scenes.classes else None
     N = next(iter(models.values()))[0].num_classes
-    tallies, counts, spent = evaluate(models, scenes, ignore, args, device,
+    tallies, counts, spent = evaluate(models, scores, scenes, ignore, args, device,
                                       {label: Tally(args.score, N, folds) for label in models})
     marked = None
     if args.components is not None or folds is not None:
@@ -972,7 +974,7 @@ def assess(models, scenes, checkpoints, calibrated, args, device):
                          for s, h in tally.histograms.items()} for label, tally in tallies.items()}
         found = common.gather(found)[0]                # rank 0 alone has all scores
         marked = {label: Marked(N, thresholds, folds, smallest) for label, thresholds in found.items()}
-        again = evaluate(models, scenes, ignore, args, device, marked)[2]
+        again = evaluate(models, scores, scenes, ignore, args, device, marked)[2]
         spent = {k: spent[k] + again[k] for k in spent}
     if common.rank():
         return None
@@ -1010,7 +1012,7 @@ PHOTOGRAPH = ("_anomaly.png", "_classes.png", "_score.npy")   # what each photog
 MARK = "evaluate.py, anomaly-aware semantic segmentation"     # in every PNG of this script
 
 
-def figures(tally, name, order):
+def score_metrics(tally, name, order):
     """{"pooled": …, "per_image": …} of one score, in percent to 4 decimals; None where a side has no pixel."""
     rounded = lambda m: m and {k: round(m[k], 4) for k in METRICS}
     images = [m for m in (tally.images[i][name] for i in order) if m]
@@ -1028,13 +1030,13 @@ def table_rows(tallies, marked, calibrated, order, classes, args):
         iou = {c: rounded(v) for c, v in segmentation["iou"].items()}
         segmentation = {**{k: rounded(segmentation[k]) for k in segmentation if k != "iou"}, "iou": iou}
         for score in args.score:
-            row = dict(model=label, score=score, **figures(tally, score, order), **segmentation)
+            row = dict(model=label, score=score, **score_metrics(tally, score, order), **segmentation)
             if args.components is not None:
                 images = [o[score] for o in (marked[label].objects[i] for i in order) if score in o]
                 row["objects"] = {**{k: rounded(v) for k, v in component_metrics(images).items()},
                                   "threshold": marked[label].thresholds[score]["objects"]}
             if tally.of_fold:
-                row["open"] = open_figures(marked[label], score)
+                row["open"] = open_metrics(marked[label], score)
             if args.operating_point:
                 t = calibrated[args.operating_point][label][score]
                 row["operating_point"] = dict(threshold=t, delta=delta(score, t, args.views),
@@ -1043,7 +1045,7 @@ def table_rows(tallies, marked, calibrated, order, classes, args):
     return rows
 
 
-def open_figures(marked, score):
+def open_metrics(marked, score):
     """open-mIoU in percent over both folds, weighted by their images, and of each; IoU of the anomaly; open-mIoU of all
     images at the threshold of the validation images. None where no anomaly of the other fold tells a threshold."""
     at, rounded = marked.thresholds[score], lambda v: v if v is None else round(v, 4)
@@ -1059,7 +1061,7 @@ def open_figures(marked, score):
 def delta(score, t, views):
     """δ of Eq. 2, max S ≤ δ, for the threshold t of a score that is log(1 − max S); None for another, and for the mean
     of such a score over views, or resampled."""
-    plain = score in ("msp", "dropout", "crf") and [[*size, *of] for size, *of in views] == [[1, 1, False]]
+    plain = score in LOG_1_MINUS_MAX_S and [[*size, *of] for size, *of in views] == [[1, 1, False]]
     return -math.expm1(t) if plain and t is not None else None
 
 
@@ -1180,35 +1182,35 @@ def class_colours(N):
     """uint8 (256, 3): a colour for each class, sky blue for anomalies (as in Fig. 3), white for ignored pixels, grey
     for known ones of no told class."""
     colours = np.full((256, 3), 255, np.uint8)
-    colours[:N] = (pyplot().get_cmap("tab20b" if N > 20 else "tab20")(np.arange(N))[:, :3] * 200).astype(np.uint8)
+    name, places = ("tab20", np.arange(N)) if N <= 20 else ("nipy_spectral", np.linspace(0, 1, N))
+    colours[:N] = (pyplot().get_cmap(name)(places)[:, :3] * 200).astype(np.uint8)
     colours[common.ANOMALY] = (0, 191, 255)
     colours[common.KNOWN] = 150
     return colours
 
 
-def panel_maps(models, scenes, chosen, name, args, device):
+def panel_maps(models, scores, scenes, chosen, name, args, device):
     """{(index, label): the anomaly map (H, W)} and the ends of one colour scale for all of them.
 
     Scores that are log(1 − max S) are drawn as 1 − max S, in [0, 1 − 1/N]; others between percentiles 1 and 99."""
     maps = {}
-    scores = {label: prepare_scores(fs, [name], args, device) for label, fs in models.items()}
     with torch.inference_mode():
         for i in chosen:
             X = common.to_input(scenes[i]["image"][None], device)
             for label, fs in models.items():
-                found, _ = over_views(X, args.views, lambda X: anomaly_scores(fs, X, i, scores[label]))
+                found, _ = over_views(X, args.views, lambda X: anomaly_scores(fs, X, i, {name: scores[label][name]}))
                 maps[i, label] = found[name][0].cpu().numpy()
-    if name in ("msp", "dropout", "crf"):
+    if name in LOG_1_MINUS_MAX_S:
         N = next(iter(models.values()))[0].num_classes
         return {k: np.exp(v) for k, v in maps.items()}, 0, 1 - 1 / N
     low, high = np.percentile(np.concatenate([m.ravel() for m in maps.values()]), (1, 99))
     return maps, float(low), float(high)
 
 
-def draw_panels(models, scenes, chosen, name, args, device, path):
+def draw_panels(models, scores, scenes, chosen, name, args, device, path):
     """Fig. 3: a row for each image: the image, its label, the anomaly map of every model on one scale."""
     plt = pyplot()
-    maps, low, high = panel_maps(models, scenes, chosen, name, args, device)
+    maps, low, high = panel_maps(models, scores, scenes, chosen, name, args, device)
     colours = class_colours(next(iter(models.values()))[0].num_classes)
     H, W = scenes[chosen[0]]["label"].shape
     size = 3 * (2 + len(models)) + 0.8, 3 * H / W * len(chosen) + 0.3
@@ -1224,7 +1226,7 @@ def draw_panels(models, scenes, chosen, name, args, device, path):
         cell.set_title(title, fontsize=9)
     for cell in axes.flat:
         cell.axis("off")
-    label = "1 − max softmax" if name in ("msp", "dropout", "crf") else name
+    label = "1 − max softmax" if name in LOG_1_MINUS_MAX_S else name
     fig.colorbar(drawn, ax=axes, label=label, fraction=0.03, pad=0.01)
     save_figure(fig, path)
 
@@ -1355,7 +1357,7 @@ def save_overlays(out, stem, pixels, score, predicted, name, N):
     """out/STEM_anomaly.png, STEM_classes.png, STEM_score.npy of pixels uint8 (H, W, 3) and their maps (H, W).
 
     The overlays are mixed in uint8: a photograph may have 100 megapixels."""
-    if name in ("msp", "dropout", "crf"):
+    if name in LOG_1_MINUS_MAX_S:
         share = np.exp(score) / (1 - 1 / N)                        # (1 − max S) of its largest value
     else:
         share = (score - score.min()) / max(float(np.ptp(score)), 1e-9)
@@ -1433,8 +1435,8 @@ def system_flags(p):
                    "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
     g.add_argument("--bn-images", type=common.whole(2),
                    help="training images from which --tradi re-estimates batch norm (ours: 500)")
-    g.add_argument("--train-root", metavar="FOLDER", help="knn, cknn, --tradi, --queries-from: folder of the data that "
-                   "f was trained on (default: the checkpoint's)")
+    g.add_argument("--train-root", metavar="FOLDER", help="knn, cknn, --tradi, --queries-from, --open, "
+                   "--operating-point: folder of the data that f was trained on (default: the checkpoint's)")
     g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
     g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
                    "of these classes, if at least two queries have one of them with s > 0.95 (default: off)")
@@ -1479,6 +1481,10 @@ def check_system_flags(p, args):
         p.error("argument --lambda: expected a share of at most 1")
     if args.bn_images and not args.tradi:
         p.error("argument --bn-images: without effect; it is for --tradi")
+    if args.train_root and not ({"knn", "cknn"} & set(args.score) or args.tradi or args.queries_from or args.open
+                                or args.operating_point):
+        p.error("argument --train-root: without effect; it is for knn, cknn, --tradi, --queries-from, --open and "
+                "--operating-point")
     for score in {"dicnet", "synthcp"} & set(args.score) if args.tradi else ():
         p.error(f"argument --tradi: --score {score} belongs to one f, and not to samples of it")
     args.bn_images = args.bn_images or 500
@@ -1565,11 +1571,7 @@ def labelled_anomalies(place, checkpoint, root):
         for item in (scenes[i] for i in range(len(scenes))):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
-        manifest = Path(place) / "manifest.json"
-        if not manifest.exists():
-            raise common.InputError(f"{manifest}: no such file; expected a folder of mgu_generate.py, or one of "
-                                    f"{', '.join(common.SPLITS)} (--queries-from)")
-        for name in common.load_json(manifest)["samples"]:
+        for name in common.load_manifest(place, "--queries-from; or one of train, val, test")["samples"]:
             sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
                       if k in ("image", "label", "unknown")}
             yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]
@@ -1703,7 +1705,6 @@ def knn_map(f, X, outputs, layer):
     return (outputs["embedding"] if layer == "embedding" else f.maps(X)[layer]).float()
 
 
-@functools.cache
 @torch.no_grad()
 def knn_references(f, train_root, images, vectors, k, chunk, seed, device, layer="embedding"):
     """What knn and cknn compare with, from f's training images, the same on every rank: dict(vectors (R, C) float32,
@@ -1907,15 +1908,17 @@ def main():
 
     with common.locked(out / "results.json"):
         # Numbers; printed before anything is written
+        with torch.no_grad():
+            scores = {label: prepare_scores(fs, args.score, args, device) for label, fs in models.items()}
         tables, thresholds = {}, {}
         for name, scenes in opened.items():
             if name in validation:
                 val = validation[name]
                 key = val.data, str(val.root)
                 if key not in thresholds:
-                    thresholds[key] = calibrate(models, val, checkpoints, args, device)
+                    thresholds[key] = calibrate(models, scores, val, checkpoints, args, device)
             calibrated = thresholds[key] if name in validation else None
-            tables[name] = assess(models, scenes, checkpoints, calibrated, args, device)
+            tables[name] = assess(models, scores, scenes, checkpoints, calibrated, args, device)
         if common.rank():
             return
         report(tables)
@@ -1937,7 +1940,7 @@ def main():
                 sorted(counts, key=lambda i: (-counts[i]["anomalous"], i))[:int(args.panels[0])]
             if picked:
                 beside = {k: models[k] for k in [*list(models)[1:], main_label]}   # baselines first, as in Fig. 3
-                draw_panels(beside, opened[name], picked, args.score[0], args, device, panels)
+                draw_panels(beside, scores, opened[name], picked, args.score[0], args, device, panels)
             draw_threshold(table["top_counts"], threshold)
             if table["curves"]:
                 draw_curves(table["rows"], table["curves"], curves)

@@ -12,7 +12,7 @@
     torchrun --nproc-per-node 8 finetune.py
 
 Read beside the paper: AuxiliarySet.__getitem__ (X', Z, D_s) → finetune → pretrain.train → pretrain.eq5 →
-common.objective (Eq. 5). What stands behind stage 3 does not touch this path.
+common.objective (Eq. 5). What stands behind stage 3 is for the related systems: here it puts all of f in one group.
 
 Controls, which the paper lacks: what does the direction of MGU add, and what its size? With the same D_s, loss and
 steps (but for clean and --alpha 0, L_k alone, and --any-model, with the other's D_s); the first four have X wherever
@@ -112,21 +112,8 @@ class AuxiliarySet(torch.utils.data.Dataset):
     def __init__(self, folder, root, seed, unknown, images, clean=False, train=None):
         self.folder, self.root, self.seed = Path(folder), Path(root), seed
         self.unknown, self.images, self.clean, self.train = unknown, images, clean, train
-        path = self.folder / "manifest.json"
-        if not path.exists():
-            raise common.InputError(f"{path}: no such file; expected the set that mgu_generate.py writes (--aux)")
-        self.manifest = common.load_json(path)
-        for key, kind in dict(settings=dict, samples=list).items():
-            if not isinstance(self.manifest, dict) or not isinstance(self.manifest.get(key), kind):
-                raise common.InputError(f"{path}: no {key}: the set is not complete; "
-                                        "run mgu_generate.py again to finish it")
+        self.manifest = common.load_manifest(folder, "--aux")
         self.names = self.manifest["samples"]
-        if not self.names or not all(isinstance(n, str) and Path(n).name == n for n in self.names):
-            raise common.InputError(f"{path}: samples is no list of file names; expected a file of mgu_generate.py")
-        missing = [n for n in self.names if not (self.folder / n).is_file()]
-        if missing:
-            raise common.InputError(f"{self.folder / missing[0]}: missing, and {len(missing) - 1} others; "
-                                    "run mgu_generate.py again")
 
     def __len__(self):
         return len(self.names) * (2 if self.clean or self.train else 1)
@@ -610,12 +597,12 @@ def class_prototypes(f, items, device, classes):
         x = f.activation(f.embed(common.to_input(item["image"][None], device)))[0].cpu().double()    # (C, h, w)
         Z = common.labels_at(item["label"], x.shape[1:]).flatten()
         of_class = (Z == torch.arange(N)[:, None]).double()                                          # (N, h·w)
-        total += of_class @ torch.nn.functional.normalize(x, dim=0).flatten(1).T
+        total += of_class @ F.normalize(x, dim=0).flatten(1).T
         cells += of_class.sum(1)
     if not cells.all():
         raise common.InputError(f"{classes[int(cells.argmin())]}: smaller than a cell of the embedding in every chosen "
                                 "image; expected more --prototypes")
-    return torch.nn.functional.normalize(total / cells[:, None], dim=1).float()
+    return F.normalize(total / cells[:, None], dim=1).float()
 
 
 def train_prototypes(args, f, checkpoint, root, device):
@@ -667,10 +654,7 @@ def distill(args, f, checkpoint, root, device):
                     dataset=scenes.identity())
     facts = facts_of(student, "distill", checkpoint, root, companion_of=common.fingerprint(args.ckpt))
 
-    def count(batch, run):
-        return [len(batch["label"])]
-
-    pretrain.train(student, scenes, args, device, settings, facts, count=count,
+    pretrain.train(student, scenes, args, device, settings, facts, count=lambda batch, run: [len(batch["label"])],
                    objective=lambda net, part, counts: distillation(teacher, net, part, counts))
 
 
@@ -826,8 +810,12 @@ def checked(p, args):
         p.error(f"argument --paste-range: that of --method {args.method} is of --cut {cut}: expected LOW HIGH")
     if (args.pure or 0) > 1:
         p.error("argument --pure: expected a share of at most 1")
+    if args.pure and args.paste_control == "inlier":
+        p.error("argument --pure: has no effect with --paste-control inlier: leave it out")
     if args.loss and args.alpha is None and method.get("alpha") == 0:
         p.error(f"argument --loss: --method {args.method} gives it no weight: expected --alpha too")
+    if args.loss and args.alpha == 0:
+        p.error("argument --loss: has no effect with --alpha 0: leave it out")
     loss, gamma = args.loss or method.get("loss"), method.get("gamma", 0) if args.gamma is None else args.gamma
     if loss == "margin" and (chosen == "flow" or gamma):
         p.error("argument --loss: margin goes without an outlier head (--gamma) and without a flow")

@@ -223,7 +223,7 @@ def training_image(scenes, y, i, tries=10):
 
 def sample_name(scenes, y, i):
     """File name of the sample of class y from training image i: "09_car-000017.npz"."""
-    return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y])}-{i:06d}.npz"
+    return f"{y:02d}_{re.sub('[^a-z0-9]+', '-', scenes.classes[y].lower())}-{i:06d}.npz"
 
 
 @torch.inference_mode()

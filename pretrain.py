@@ -154,7 +154,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
     run = Run(f, data, args, device, groups)
     run.whole = objective is None and f.arch in common.ARCHS and all(p.requires_grad for p in f.parameters())
     count, objective = count or count_pixels, objective or functools.partial(eq5, args)
-    with lock(run), contextlib.closing(batches(data, args, run, device)) as loader:
+    with lock(run), contextlib.closing(batches(data, args, run)) as loader:
         if not resume(run, settings, facts):
             return
         net = prepare(f, args, run, device)
@@ -162,7 +162,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
         if run.restart:                              # from here on the same command without --restart continues
             save(run, settings, facts)
         if run.validation_due:                       # the run was stopped between the last step of an epoch and this
-            end_epoch(run, validate, val_every)
+            end_epoch(run, validate)
         bar = common.progress(None, "training", total=run.total, initial=run.t, unit="step")
 
         while run.t < run.total:
@@ -196,7 +196,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
                 common.say(f"stopped by a signal: {run.out} holds {run.position()}; the same command continues")
                 sys.exit(128 + (run.stop or [signal.SIGTERM])[0])
             if run.t % run.n_steps == 0:
-                end_epoch(run, validate, val_every)
+                end_epoch(run, validate)
 
         save(run, settings, facts)
         bar.close()
@@ -376,7 +376,7 @@ def prepare(f, args, run, device):
     return net
 
 
-def batches(data, args, run, device):
+def batches(data, args, run):
     """Yields this rank's share of every batch from position t on; the loader processes end when it is closed."""
     workers = (8 if run.cuda else 0) if args.workers is None else args.workers
     order = epoch_batches(len(data), args.batch_size, args.seed, *divmod(run.t, run.n_steps), args.epochs)
@@ -578,7 +578,7 @@ def save(run, settings, facts):
     run.saved = time.time()
 
 
-def end_epoch(run, validate, val_every):
+def end_epoch(run, validate):
     """Tell that an epoch has ended, and validate where that is due. A miou of None: no labelled pixel."""
     epoch = run.t // run.n_steps
     text, due = f"epoch {epoch}/{run.epochs}", run.validation_due

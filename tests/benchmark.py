@@ -777,10 +777,11 @@ def time_evaluation(f, size, n, device):
     torch.backends.cudnn.benchmark = False
     f = f.eval()
     ignore = np.zeros(256, bool)
+    scores = {"f": evaluate.prepare_scores([f], args.score, args, device)}
     for count in (2, n):                                       # the first to warm up
         release(device)
         begun = time.perf_counter()
-        spent = evaluate.evaluate({"f": [f]}, TestScenes(count, *size), ignore, args, device)[2]
+        spent = evaluate.evaluate({"f": [f]}, scores, TestScenes(count, *size), ignore, args, device)[2]
         synchronise(device)
         elapsed = time.perf_counter() - begun
     with torch.no_grad():

@@ -186,10 +186,10 @@ def test_models_losses_and_scores_stay_on_their_device(fake, arch):
     assert common.loss_mgu(S, (Z == 3).to(fake), y).device.type == "cuda"
     for score in evaluate.PLAIN.values():
         assert score(logits).device.type == "cuda"
-    assert evaluate.mean_softmax([logits, logits]).device.type == "cuda"
-    assert evaluate.dropout_logits(f.eval(), common.to_input(image, fake), 2).device.type == "cuda"
+    assert evaluate.log_mean_softmax([logits, logits]).device.type == "cuda"
+    assert evaluate.dropout_log_S(f.eval(), common.to_input(image, fake), 2).device.type == "cuda"
     if arch == common.ARCHS[0]:        # the CRF sees no model, and takes a second
-        assert evaluate.crf_logits(S, 2).device.type == "cuda"
+        assert evaluate.crf_log_S(S, 2).device.type == "cuda"
 
 
 # ────────────────────────────────────────────── loader processes ──────────────────────────────────────────────

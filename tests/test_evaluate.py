@@ -52,27 +52,27 @@ def test_crf_is_mean_field_on_the_window():
     torch.manual_seed(0)
     log_S = common.log_softmax(3 * torch.randn(2, 4, 7, 9))
     settings = dict(iterations=3, sigma_xy=2.0, sigma_p=0.5, compat=3.0, radius=4, stride=2)
-    ours = evaluate.crf_logits(log_S, **settings).exp().numpy()
+    ours = evaluate.crf_log_S(log_S, **settings).exp().numpy()
     for b in range(2):
         assert np.abs(ours[b] - literal_crf(log_S[b].numpy(), **settings)).max() < 1e-5
     assert np.abs(ours - log_S.exp().numpy()).max() > 0.05   # it did something
 
 
 def test_crf_has_the_constants_of_caos_and_its_iterations():
-    defaults = {k: p.default for k, p in inspect.signature(evaluate.crf_logits).parameters.items()}
+    defaults = {k: p.default for k, p in inspect.signature(evaluate.crf_log_S).parameters.items()}
     assert (defaults["sigma_xy"], defaults["sigma_p"], defaults["compat"]) == (10, 13, 10)
     log_S = common.log_softmax(torch.randn(1, 3, 12, 14))
     for n in (1, 4):
         score = evaluate.make_crf("crf", None, argparse.Namespace(crf_iterations=n), "cpu")
-        z = evaluate.crf_logits(log_S, n)
+        z = evaluate.crf_log_S(log_S, n)
         expected = (1 - z.double().softmax(1).amax(1)).log()
         torch.testing.assert_close(score(None, dict(log_S=log_S), 0).double(), expected, atol=1e-4, rtol=0)
-        assert n == 1 or (z - evaluate.crf_logits(log_S, 1)).abs().max() > 1e-3
+        assert n == 1 or (z - evaluate.crf_log_S(log_S, 1)).abs().max() > 1e-3
 
 
 def test_crf_on_an_image_smaller_than_its_window():
     log_S = common.log_softmax(torch.randn(1, 3, 5, 6))
-    assert torch.isfinite(evaluate.crf_logits(log_S)).all()
+    assert torch.isfinite(evaluate.crf_log_S(log_S)).all()
 
 
 class Noisy(nn.Module):
@@ -89,7 +89,7 @@ def test_dropout_is_the_mean_softmax_of_passes_with_dropout_on_and_then_off():
     f, X = Noisy().eval(), torch.rand(1, 3, 6, 8)
     with torch.no_grad():
         torch.manual_seed(5)
-        ours = evaluate.dropout_logits(f, X, 4).exp()
+        ours = evaluate.dropout_log_S(f, X, 4).exp()
         assert not f.drop.training
         torch.manual_seed(5)
         f.train()
@@ -199,7 +199,7 @@ def test_curve_lies_on_scikit_learns():
 def test_figures_mean_over_images_with_both_kinds_of_pixel():
     t, _ = tally()
     t.images[9] = {"msp": None}   # an image without an anomalous pixel
-    found = evaluate.figures(t, "msp", [0, 1, 2, 3, 9])
+    found = evaluate.score_metrics(t, "msp", [0, 1, 2, 3, 9])
     assert found["per_image"]["auroc"] == round(float(np.mean([t.images[i]["msp"]["auroc"] for i in range(4)])), 4)
 
 
@@ -219,6 +219,11 @@ class Named(list):
         return self[i]
 
 
+@pytest.mark.parametrize("N", (7, 20, 21, 60))
+def test_every_class_has_its_colour(N):
+    assert len(np.unique(evaluate.class_colours(N)[:N], axis=0)) == N
+
+
 def test_panels_are_named_by_whole_parts_of_their_path():
     scenes = Named(["toy/test/t5/15.png", "toy/test/t5/5.png", "toy/test/t6/5.png", "toy/test/tt6/7.png"])
     find = lambda *names: evaluate.named_panels(list(names), scenes)
@@ -234,7 +239,8 @@ def test_labels_tell_checkpoints_apart(tmp_path):
     assert evaluate.short_names(["ft.pt"]) == ["ft"]
     assert evaluate.short_names(["run0/ft.pt", "run1/ft.pt", "a/x_0.5.pt"]) == ["run0/ft", "run1/ft", "x_0.5"]
     assert evaluate.short_names(["a/b/ft.pt", "c/b/ft.pt", "b/ft.pt"])[:2] == ["a/b/ft", "c/b/ft"]
-    for twice in (["run/ft.pt", "x.pt", "run/../run/ft.pt"], ["a/ft.pt", "a/ft.pth"]):
+    assert evaluate.short_names(["ft_alpha0.05", "ft_alpha0.1", "ft.pth"]) == ["ft_alpha0.05", "ft_alpha0.1", "ft.pth"]
+    for twice in (["run/ft.pt", "x.pt", "run/../run/ft.pt"], ["a/ft.pt", "a/ft"]):
         with pytest.raises(common.InputError, match=f"{twice[-1]}: the same file as {twice[0]}, or"):
             evaluate.short_names(twice)
     assert evaluate.short_names([b"a\xff.pt".decode("utf-8", "surrogateescape")]) == ["a\\xff"]

@@ -304,9 +304,10 @@ def test_flags_that_exclude_each_other(tmp_path):
 
 @pytest.mark.parametrize("flags", (
     ("--images", "clean", "--unknown", "all"), ("--images", "clean", "--mix", "train", "--alpha", "0.1"),
-    ("--images", "clean", "--loss", "er"),
+    ("--images", "clean", "--loss", "er"), ("--alpha", "0", "--loss", "er"),
+    ("--negatives", "paste", "--paste-control", "inlier", "--pure", "0.5"),
     ("--negatives", "paste", "--patches", ".", "--paste-control", "off", "--alpha", "1")))
-def test_without_D_s_its_flags_are_refused(monkeypatch, capsys, flags):
+def test_flags_without_effect_are_refused(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
     with pytest.raises(SystemExit) as end:
         finetune.parse()

@@ -2,6 +2,7 @@
 import argparse
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -414,6 +415,12 @@ def test_ahead_keeps_the_order_and_its_distance():
                 got.append(value)
                 assert len(begun) <= len(got) + 5
     assert got == [i * i for i in range(30)]
+
+
+def test_the_name_of_a_sample():
+    scenes = SimpleNamespace(classes=["Road", "traffic sign"])
+    assert [mgu_generate.sample_name(scenes, y, 3) for y in (0, 1)] == ["00_road-000003.npz",
+                                                                       "01_traffic-sign-000003.npz"]
 
 
 def test_restart_takes_its_own_files_alone(tmp_path):

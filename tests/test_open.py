@@ -261,12 +261,13 @@ def test_views_are_averaged_at_the_images_own_size():
     for size, flip in (((60, 90), 0), ((60, 90), 1), ((40, 70), 0), ((60, 90), 0), ((32, 32), 0)):
         V = X if size == (60, 90) else resize(X, size)
         s, l = maps(V.flip(-1) if flip else V)
-        back = [t.flip(-1) if flip else t for t in (s["energy"][:, None], l)]
+        back = [t.flip(-1) if flip else t for t in (s["energy"][:, None], l.exp())]
         back = [t if size == (60, 90) else resize(t, (60, 90)) for t in back]
         want_scores.append(back[0][:, 0].double())
-        want_S.append(back[1].double().exp())
+        want_S.append(back[1].double())
     assert torch.allclose(scores["energy"].double(), torch.stack(want_scores).mean(0), atol=1e-5)
     assert torch.allclose(log_S.double().exp(), torch.stack(want_S).mean(0), atol=1e-5)
+    assert torch.allclose(log_S.double().exp().sum(1), torch.ones(1, 60, 90, dtype=torch.float64), atol=1e-5)
     only = evaluate.over_views(X, [([1], 1, False)], maps)
     assert torch.equal(only[0]["energy"], maps(X)[0]["energy"]) and torch.equal(only[1], maps(X)[1])
 
@@ -412,6 +413,15 @@ def test_thresholds_of_labels_without_classes(toy_root):
     assert (found.split, len(found)) == ("val", len(common.Scenes("toy", toy_root, "val"))) and len(found)
     with pytest.raises(common.InputError, match="nowhere.*--train-root"):
         evaluate.validation_scenes(scenes, checkpoint)
+
+
+def test_thresholds_of_f_s_own_data_come_from_the_train_root(toy_root):
+    """Where the test images lie in a folder that has no others."""
+    scenes = common.Scenes("toy", toy_root, "test")
+    checkpoint = dict(data="toy", root=str(toy_root), anomaly=None, classes=scenes.classes)
+    scenes.root = "/of/the/test/images/alone"
+    found = evaluate.validation_scenes(scenes, checkpoint, str(toy_root))
+    assert (found.split, str(found.root)) == ("val", str(toy_root))
 
 
 # ─────────────────────────────────────────── the script, as it is run ───────────────────────────────────────────

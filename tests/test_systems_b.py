@@ -667,6 +667,7 @@ def test_every_rank_count_gives_the_same_numbers(small, once):
                   for name in ("once TRADI", "once"))
     assert len(set(samples)) == len(set(f)) == 4 and not set(samples) & set(f)
     for more, told in ((("--tradi", 2, "--score", "dicnet", "--student", "s.pt"), "--tradi: --score dicnet"),
-                       (("--bn-images", 4), "--bn-images: without effect")):
+                       (("--bn-images", 4), "--bn-images: without effect"),
+                       (("--train-root", "toy"), "--train-root: without effect")):
         done = run("evaluate.py", "--ckpt", "once.pt", *more, folder=small)
         assert done.code == 2 and told in done.err

@@ -3,6 +3,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -704,11 +705,15 @@ def test_a_generator_belongs_to_one_checkpoint(masks, small):
     ("maskomaly", dict(queries_from="test"), "expected others"),
     ("maskomaly", dict(queries_from="val"), "val: no anomalous pixel"),
     ("maskomaly", dict(queries_from="nowhere"), "nowhere/manifest.json: no such file; expected"),
+    ("maskomaly", dict(queries_from="unfinished"), "unfinished/manifest.json: no samples: the set is not complete"),
     ("maskomaly", dict(queries_from="val", ground="lamp"), "--ground lamp: no such class"),
     ("maxlogit", dict(refine=["lamp"]), "--refine lamp: no such class")))
 def test_what_a_score_needs_is_refused_in_one_line(masks, small, monkeypatch, name, changed, told):
     monkeypatch.chdir(masks)
     shutil.copy(small / "pretrained.pt", "other.pt")
+    os.makedirs("unfinished", exist_ok=True)
+    with open("unfinished/manifest.json", "w") as file:
+        file.write('{"format": 1, "settings": {}}')
     args = dict(ckpt=["m2f.pt"], baseline=[], generator="generator.pt", split="test", queries_from=None, ground=None,
                 refine=None, data=None, train_root=None)
     with pytest.raises(common.InputError, match=told):
