@@ -727,15 +727,19 @@ def open_scenes(args, checkpoint):
     return opened
 
 
+def own_split(checkpoint, train_root, split):
+    """A split of the data that f was trained on, whole images, in the folder `train_root` if it is given."""
+    return common.scenes_of(checkpoint, common.data_root(train_root, checkpoint, "--train-root"), split)
+
+
 def validation_scenes(scenes, checkpoint, train_root=None):
     """The images on which thresholds are set: the validation split of the data set itself, where it has one and
     classes; else that of the checkpoint's, in the folder `train_root` if it is given."""
     own = scenes.data == checkpoint["data"]
     if scenes.classes and not (own and train_root) and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
-        anomaly = checkpoint["anomaly"] if scenes.data == checkpoint["data"] else None
+        anomaly = checkpoint["anomaly"] if own else None
         return common.Scenes(scenes.data, scenes.root, "val", anomaly)
-    root = common.data_root(train_root, checkpoint, "--train-root")
-    return common.scenes_of(checkpoint, root, "val")
+    return own_split(checkpoint, train_root, "val")
 
 
 def ignored_labels(args, scenes, checkpoints):
@@ -1566,8 +1570,7 @@ def labelled_anomalies(place, checkpoint, root):
     """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
     the anomaly, or of a split of the checkpoint's data, in the folder `root` if it is given."""
     if place in common.SPLITS:
-        root = common.data_root(root, checkpoint, "--train-root")
-        scenes = common.scenes_of(checkpoint, root, place)
+        scenes = own_split(checkpoint, root, place)
         for item in (scenes[i] for i in range(len(scenes))):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
@@ -1662,13 +1665,6 @@ def full_size(maps, X):
     return torch.stack([common.upsample(m[:, None], X.shape[-2:])[:, 0] for m in maps]).mean(0)
 
 
-def training_scenes(f, train_root):
-    """The training split of the data that f was trained on, whole images."""
-    _, checkpoint = f.origin
-    root = common.data_root(train_root, checkpoint, "--train-root")
-    return common.scenes_of(checkpoint, root, "train")
-
-
 def make_cosine(name, fs, args, device):
     """PAnS (Fontanel et al., CVPR Workshops 2021): (1 − max_i cos(x, w_i)) / 2 in [0, 1].
 
@@ -1714,7 +1710,7 @@ def knn_references(f, train_root, images, vectors, k, chunk, seed, device, layer
     vector of at most 30000 to its k nearest among the others.
     ASSUMPTION: the layer (published: keys of a transformer); as many vectors from each image; the 30000 are references
     (published: of their own)."""
-    scenes = training_scenes(f, train_root)
+    scenes = own_split(f.origin[1], train_root, "train")
     chosen = np.random.default_rng(seed).permutation(len(scenes))[:min(images, vectors)].tolist()
     share, kept, low, high = vectors // len(chosen), [], math.inf, -math.inf
     with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as readers:
@@ -1825,7 +1821,7 @@ def tradi_samples(path, checkpoint, args, device):
         fs.append(f.to(device, memory_format=torch.channels_last).requires_grad_(False).eval())
     common.say(f"{path}: {args.tradi} samples of the weights; the tracked mean holds up to "
                f"{100 * tracked['first']:.0f} % of their first values")
-    scenes = training_scenes(fs[0], args.train_root)
+    scenes = own_split(fs[0].origin[1], args.train_root, "train")
     chosen = np.random.default_rng(args.seed).permutation(len(scenes))[:args.bn_images]
     estimate_batch_norm(fs, scenes, chosen, device)
     return fs

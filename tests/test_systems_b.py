@@ -108,7 +108,7 @@ def options(**given):
 
 
 def test_references_are_labelled_cells_of_training_images(monkeypatch):
-    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: Scenes())
+    monkeypatch.setattr(evaluate, "own_split", lambda c, root, split: Scenes())
     found = evaluate.knn_references(Reader(), None, 3, 30, 2, 10, 5, CPU)
     vectors = found["vectors"]
     greys = sorted({round(255 * float(v)) for v in vectors[:, 0]})
@@ -129,7 +129,7 @@ def test_references_are_labelled_cells_of_training_images(monkeypatch):
 
 
 def test_knn_of_a_layer_of_the_backbone(monkeypatch):
-    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: Scenes())
+    monkeypatch.setattr(evaluate, "own_split", lambda c, root, split: Scenes())
     f = common.Segmenter("fpn", "mobilenet_v2", 5, width=8).eval().requires_grad_(False)
     f.origin, given = ("f.pt", {}), options(knn_layer="8", knn_images=4, knn_vectors=32)
     seen_by_layer = []
@@ -152,7 +152,7 @@ def test_knn_of_a_layer_of_the_backbone(monkeypatch):
 
 
 def test_maps_of_knn_and_cknn_by_hand(monkeypatch):
-    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: Scenes())
+    monkeypatch.setattr(evaluate, "own_split", lambda c, root, split: Scenes())
     f = Reader()
     r = evaluate.knn_references(f, None, 3, 30, 2, 10, 5, CPU)
     X = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(3))
@@ -168,7 +168,7 @@ def test_maps_of_knn_and_cknn_by_hand(monkeypatch):
     assert torch.allclose(scores["cknn"].double(), (energy - low) / (high - low) + d / r["farthest"], atol=1e-5)
 
     asked = []
-    monkeypatch.setattr(evaluate, "training_scenes", lambda f, root: asked.append(root) or Scenes())
+    monkeypatch.setattr(evaluate, "own_split", lambda c, root, split: asked.append(root) or Scenes())
     evaluate.prepare_scores([Reader()], ["knn"], options(train_root="moved"), CPU)
     assert asked == ["moved"]
     few = evaluate.knn_references(Reader(), None, 3, 2, 1, 10, 5, CPU)["vectors"]
