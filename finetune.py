@@ -174,6 +174,9 @@ def auxiliary_data(args, checkpoint, root):
     data = AuxiliarySet(args.aux, root, args.seed, args.unknown, args.images, clean=args.mix == "clean")
     path = Path(args.aux) / "manifest.json"
     made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
+    if data.manifest.get("classes", checkpoint["classes"]) != checkpoint["classes"] and made_with == ckpt:
+        raise common.InputError(f"{path}: the set was made with other classes than {args.ckpt} has, or in another "
+                                "order; expected the dataset.json of pretraining: run mgu_generate.py again")
     if made_with != ckpt and not (args.any_model and data.manifest.get("classes") == checkpoint["classes"]):
         others = "" if data.manifest.get("classes") == checkpoint["classes"] else ", of other classes,"
         raise common.InputError(f"{path}: the set was made with another checkpoint ({made_with}){others} than "
