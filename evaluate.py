@@ -330,8 +330,8 @@ def over_views(X, views, maps):
         back = lambda t: resized(t.flip(-1) if flip else t, own)
         scores = {k: back(v[:, None])[:, 0] + scores.get(k, 0) for k, v in of_view.items()}
         same = log_S_of_view.shape[-2:] == own                     # else the softmax is resized, not its logarithm
-        of_view = back(log_S_of_view) if same else back(log_S_of_view.exp()).log()
-        log_S = of_view if log_S is None else torch.logaddexp(log_S, of_view)
+        mine = back(log_S_of_view) if same else back(log_S_of_view.exp()).log()
+        log_S = mine if log_S is None else torch.logaddexp(log_S, mine)
     return {k: v / len(views) for k, v in scores.items()}, log_S - math.log(len(views))
 
 
