@@ -115,7 +115,7 @@ PASTED = [   # the recipe's loss on cut-outs and on pieces of training images in
     ("pieces.pt", tuned("pieces", negatives="paste", paste_control="inlier", epochs="EPOCHS"), {}, {
         "msp": ("pieces", "AaFt on pieces of training images in the shapes of labelled segments, no patches")}),
 ]
-BASE = [      # MSP, dense kNN, the recipe and its control
+OWN = [      # MSP, dense kNN, the recipe and its control
     ("pretrained.pt", [], {}, ON_PRETRAINED),
     ("pretrained.pt", [], {}, KNN),
     ("recipe.pt", RECIPE, {}, ON_RECIPE),
@@ -203,7 +203,7 @@ RELATED = [
     ("pretrained.pt", tuned("student_16", distill=(), epochs="16 EPOCHS"), {"student": "student_16.pt"}, {
         "dicnet": ("dicnet_16", "DiCNet, 16 times as many steps")}),
 ]
-SYSTEMS = BASE + PASTED + RELATED
+SYSTEMS = OWN + PASTED + RELATED
 FIRST_SEED = ("ensemble", "dicnet", "dicnet_fifth", "dicnet_4", "dicnet_16")    # rows of one seed
 # The study on real unknowns: f on two data sets, all classes known. Test images are in-domain, with pasted cut-outs of
 # the test's half of the outdoor classes of COCO, and photographs from elsewhere. `realchoice` looks at validation
