@@ -34,6 +34,7 @@ import pickle
 import platform
 import re
 import runpy
+import secrets
 import sys
 import warnings
 import zipfile
@@ -700,8 +701,8 @@ def check_spec(spec):
 
 
 def dataset_spec(data, root=None):
-    """The entry of a data set, with the one table of splits whose folders are there: of DATASETS or, for "folder", of
-    root/dataset.json. Two keys are added: data and root. Raises InputError for a mistake in that file."""
+    """The entry of a data set, of DATASETS or, for "folder", of root/dataset.json, with the one of its tables of splits
+    whose folders are there. Two keys are added: data and root. Raises InputError for a mistake in that file."""
     spec = {**DATASETS[data], "data": data, "root": Path(root or ".")}
     if data == "folder":
         spec |= read_spec(spec)
@@ -826,7 +827,8 @@ def files_by_name(folder, suffixes, end, other_end=None, common=""):
 
 
 def pair_up(spec, split):
-    """[(image path, label path)] of one split, sorted by the image; a file that is missing has its expected name."""
+    """[(image path, label path)] of one split, sorted by the image, or in the order of a list in dataset.json; a file
+    that is missing has its expected name."""
     root, where = spec["root"], spec["splits"][split]
     if isinstance(where, list):
         return [(root / image, root / label) for image, label in where]
@@ -846,7 +848,7 @@ def pair_up(spec, split):
 
 
 def list_pairs(spec, wanted=SPLITS):
-    """{split: [(image path, label path)], sorted} of the wanted splits that the data set has.
+    """{split: [(image path, label path)]} of the wanted splits that the data set has, each as pair_up() has it.
 
     Raises InputError where a folder is not there, and for all images without a label and labels without an image."""
     for missing in missing_folders(spec, wanted):
@@ -867,8 +869,8 @@ def list_pairs(spec, wanted=SPLITS):
 
 
 def split_pairs(data, root, split, anomaly=None):
-    """[(image path, label path)] of one split, sorted. Raises InputError where the data set has no such split, or an
-    empty one."""
+    """[(image path, label path)] of one split. Raises InputError where the data set has no such split, or an empty
+    one."""
     spec, (names, lut) = dataset_spec(data, root), dataset_classes(data, anomaly, root)
     if data == "folder":
         check_overlap(spec)
@@ -903,22 +905,29 @@ def split_pairs(data, root, split, anomaly=None):
 
 
 def check_overlap(spec):
-    """InputError for an image that dataset.json names twice: one folder may lie in another. val and test may share."""
+    """InputError for an image that dataset.json names twice: one folder may lie in another, or be a link to it. val and
+    test may share."""
     stands = {}
     for split in [s for s in SPLITS if s in spec["splits"] and not missing_folders(spec, (s,))]:
         for image, _ in pair_up(spec, split):
-            if (stands.get(image), split) not in ((None, split), ("val", "test")):
-                raise InputError(f"{spec['root'] / 'dataset.json'}: {image} is in {stands[image]} and in {split}; "
+            file = os.path.realpath(image)
+            if (stands.get(file), split) not in ((None, split), ("val", "test")):
+                raise InputError(f"{spec['root'] / 'dataset.json'}: {image} is in {stands[file]} and in {split}; "
                                  "expected every image once")
-            stands[image] = split
+            stands[file] = split
 
 
 def anomaly_split(spec, lut, hold_out):
     """BDD-Anomaly's recipe (CAOS): every image with an anomalous pixel, of any split, is a test image; the others stay
-    where they are, or the ends of their drives validate. {split: pairs}."""
+    where they are (those of a test split train), or the ends of their drives validate. {split: pairs}.
+
+    Raises InputError where val and test share an image, but not its label."""
     found = list_pairs(spec)
     everything = list(dict.fromkeys(p for pairs in found.values() for p in pairs))
-    labels = [label for _, label in everything]
+    labels, label_of = [label for _, label in everything], {}
+    for image, label in everything:
+        if label_of.setdefault(image, label) != label:
+            raise InputError(f"{image}: has the labels {label_of[image]} and {label}; expected one")
     counts = id_histograms(labels)
     check_ids(spec, lut, counts, labels)
     test = (counts[:, lut == ANOMALY].sum(1) > 0).tolist()
@@ -1101,7 +1110,8 @@ def replacing(path):
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a regular file; expected another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    # Random: processes of two machines, or containers, may share a number
+    temporary = path.with_name(f".{path.name}.tmp{secrets.token_hex(4)}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1224,16 +1234,18 @@ def load_json(path):
         return json.loads(Path(path).read_text("utf-8"))   # as save_json() writes, whatever the locale's encoding
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {e}")
 
 
 def load_tensors(path, expected):
-    """torch.load of tensors and plain types only; InputError for anything else, and no code of the file runs."""
+    """(torch.load of tensors and plain types only, the file's fingerprint); InputError for anything else, and no code
+    of the file runs."""
     try:
+        content = Path(path).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # torch's remarks on odd files: the line below says what matters
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), digest(content)
     except FileNotFoundError:
         reason = "no such file"
     except pickle.UnpicklingError:
@@ -1277,11 +1289,12 @@ def build(checkpoint):
 def load_checkpoint(path, companion=None):
     """(f in eval mode on the CPU, checkpoint dict). The dict: format, model, arch, backbone, classes, data, root,
     anomaly, stage, settings, epoch and step (where the run stands: all done at epoch = settings["epochs"]), and
-    the optimiser for resuming; of later stages `pretrained` (crop, scale, weights) and `known_unknown`. A companion
+    the optimiser for resuming; of later stages `pretrained` (crop, scale, weights) and `known_unknown`; added here:
+    fingerprint, of the very file that was read, which a run that still trains may replace. A companion
     (stage "distill" or "synthesis") has `companion_of` too, the fingerprint of the checkpoint that it belongs to, and
     segments nothing by itself: refused, unless `companion` is its stage, or "any" for all kinds."""
     expected = "a checkpoint of pretrain.py or finetune.py"
-    checkpoint = load_tensors(path, expected)
+    checkpoint, mark = load_tensors(path, expected)
     keys = {"format", "model", "arch", "backbone", "classes", "data", "root", "anomaly", "settings", "epoch", "step"}
     if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
         raise InputError(f"{path}: not {expected}")
@@ -1308,7 +1321,7 @@ def load_checkpoint(path, companion=None):
         f.load_state_dict(checkpoint["model"])
     except InputError as e:
         raise InputError(f"{path}: {e}")
-    except (RuntimeError, AttributeError, TypeError) as e:
+    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as e:
         raise InputError(f"{path}: its weights do not fit {checkpoint['arch']} on {checkpoint['backbone']} with "
                          f"{len(checkpoint['classes'])} classes: {str(e).splitlines()[-1].strip()[:200]}")
     for name, value in f.state_dict().items():
@@ -1318,7 +1331,7 @@ def load_checkpoint(path, companion=None):
     epochs = checkpoint["settings"].get("epochs")
     if companion != "any" and isinstance(epochs, int) and checkpoint["epoch"] < epochs:
         say(f"note: {path} stands at epoch {checkpoint['epoch']} of {epochs}: its run is not finished")
-    return f.eval().to(memory_format=torch.channels_last), checkpoint
+    return f.eval().to(memory_format=torch.channels_last), dict(checkpoint, fingerprint=mark)
 
 
 def same_classes(scenes, checkpoint):
@@ -1353,6 +1366,12 @@ def digest(content):
 def fingerprint(path):
     """The digest of a file."""
     return digest(Path(path).read_bytes())
+
+
+def same_everywhere(path, mark, expected):
+    """InputError where the ranks have found different files, or none, under one name. mark: the file's fingerprint."""
+    if len(set(gather(mark))) > 1:
+        raise InputError(f"{path}: not the same file on every machine; expected {expected}")
 
 
 # ─────────────────────────────────────────────── devices ───────────────────────────────────────────────
@@ -1518,6 +1537,11 @@ def fail(text, code=1):
     sys.exit(code)
 
 
+def last_error(e):
+    """The message of an error; one inside a loader process arrives with that process's traceback: what stands last."""
+    return re.split(r"^[\w.]*Error: ", str(e).strip(), flags=re.MULTILINE)[-1]
+
+
 def cli(main):
     """Run a script's main(); a mistake of the input is one line on stderr and exit status 1, without a traceback."""
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
@@ -1527,10 +1551,9 @@ def cli(main):
         fail("error: out of GPU memory: lower --batch-size (mgu_generate) or --micro-batch (training), "
              "or use smaller images")
     except MemoryError as e:
-        fail(f"error: out of memory ({e or 'MemoryError'}): use smaller images, crops or batches")
+        fail(f"error: out of memory ({last_error(e) or 'MemoryError'}): use smaller images, crops or batches")
     except (InputError, OSError) as e:
-        # An error inside a loader process arrives with that process's traceback: its last part is ours
-        fail(f"error: {str(e).strip().rpartition('common.InputError: ')[2] or type(e).__name__}")
+        fail(f"error: {last_error(e) or type(e).__name__}")
     except RuntimeError as e:
         first_line = str(e).splitlines()[0]
         ended = next((str(x) for x in (e, e.__context__) if "DataLoader worker" in str(x)), None)
@@ -1624,7 +1647,8 @@ class RealNVP(nn.Module):
         return F.pixel_shuffle(x, 2)
 
     def sample(self, z):
-        """Image patches (B, 3, h, w) in [0, 1], of whole grey levels as every image that f sees.
+        """Image patches (B, 3, h, w) in [0, 1], of whole grey levels as every image that f sees. ASSUMPTION: the
+        nearest level; bits() has level l in [l, l + 1) / 256, so that a quarter of the values is one level off.
 
         Straight-through rounding: the gradient is that of the clamp alone, else none would come back from the loss on
         D_s (the public joint code rounds to integers: its flow learns from the likelihood alone)."""

@@ -292,7 +292,12 @@ def make_crf(name, fs, args, device):
 
 def prepare_scores(fs, names, args, device):
     """{name: score(X, seen, index) → (B, H, W)} of a model or ensemble."""
-    return {name: SCORES[name](name, fs, args, device) for name in names}
+    made = {}
+    for name in names:
+        if name not in made:
+            score = SCORES[name](name, fs, args, device)
+            made |= score if isinstance(score, dict) else {name: score}          # knn and cknn share their references
+    return {name: made[name] for name in names}
 
 
 def forward(fs, X):
@@ -700,6 +705,9 @@ def load_models(args, device):
         f.origin = path, checkpoint                      # where its training images lie, and who it is
     fs = [loaded[path][0].to(device).requires_grad_(False) for path in paths]
     n = len(args.ckpt)
+    for path, name in zip(args.baseline, names[n:]):
+        if name == "+".join(names[:n]):
+            raise common.InputError(f"{path}: {name} is what the row of --ckpt is called; expected another file name")
     models = {"+".join(names[:n]): fs[:n], **{name: [f] for name, f in zip(names[n:], fs[n:])}}
     if args.tradi:
         models[next(iter(models))] = [f for p in args.ckpt for f in tradi_samples(p, loaded[p][1], args, device)]
@@ -717,14 +725,33 @@ def open_scenes(args, checkpoint):
             common.data_root(None, checkpoint)
         with common.first_rank_first():
             root = common.default_root(data, args.root[i] if args.root else checkpoint["root"] if own else None)
-            scenes = common.Scenes(data, root, args.split, checkpoint["anomaly"] if own else None)
+            scenes = common.Scenes(data, root, args.split, own_anomaly(data, root, checkpoint))
         if scenes.classes:
             common.same_classes(scenes, checkpoint)
         opened[data if wanted.count(data) == 1 else f"{data}_{wanted[:i].count(data) + 1}"] = scenes
     if args.open and not any(scenes.classes for scenes in opened.values()):
         raise common.InputError(f"--open: the labels of {', '.join(opened)} tell no classes; expected a data set that "
                                 "has those of the checkpoint")
+    if args.ignore_classes and not any(scenes.classes for scenes in opened.values()):
+        raise common.InputError(f"--ignore-classes: the labels of {', '.join(opened)} tell no classes")
     return opened
+
+
+def check_queries(args, opened, checkpoint):
+    """InputError where --queries-from would choose on images that are evaluated."""
+    if args.queries_from in common.SPLITS:
+        files = lambda scenes: {os.path.realpath(image) for image, _ in scenes.pairs}
+        chosen_on = files(own_split(checkpoint, args.train_root, args.queries_from))
+        for path in sorted(chosen_on & set().union(*map(files, opened.values())))[:1]:
+            raise common.InputError(f"--queries-from {args.queries_from}: the queries would be chosen on images that "
+                                    f"are evaluated, {path} among them; expected others")
+
+
+def own_anomaly(data, root, checkpoint):
+    """The checkpoint's --anomaly, on the data set that it was trained on; None on another, and on a folder whose
+    dataset.json says by ids what is anomalous (tests/paste.py)."""
+    other = data != checkpoint["data"] or common.dataset_spec(data, root).get("anomaly")
+    return None if other else checkpoint["anomaly"]
 
 
 def own_split(checkpoint, train_root, split):
@@ -734,18 +761,19 @@ def own_split(checkpoint, train_root, split):
 
 def validation_scenes(scenes, checkpoint, train_root=None):
     """The images on which thresholds are set: the validation split of the data set itself, where it has one and
-    classes; else that of the checkpoint's, in the folder `train_root` if it is given."""
-    own = scenes.data == checkpoint["data"]
-    if scenes.classes and not (own and train_root) and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"]):
-        anomaly = checkpoint["anomaly"] if own else None
-        return common.Scenes(scenes.data, scenes.root, "val", anomaly)
+    classes; else, and with `train_root` where its folders are not there, that of the checkpoint's, in that folder."""
+    has_val = scenes.classes and ("hold_out" in scenes.spec or "val" in scenes.spec["splits"])
+    if has_val and train_root and scenes.data == checkpoint["data"]:
+        has_val = not common.missing_folders({**scenes.spec, "root": Path(scenes.root)}, ("train", "val"))
+    if has_val:
+        return common.Scenes(scenes.data, scenes.root, "val", own_anomaly(scenes.data, scenes.root, checkpoint))
     return own_split(checkpoint, train_root, "val")
 
 
 def ignored_labels(args, scenes, checkpoints):
     """(bool (256,): labels whose pixels are left out, names of the classes among them by choice)."""
     classes = next(iter(checkpoints.values()))["classes"]
-    left_out = args.ignore_classes
+    left_out = args.ignore_classes if scenes.classes else []
     # ASSUMPTION: the pilot study's classes count as neither known nor anomalous, for the baseline beside it too. The
     # random-guess column of Table I (1.9, 1.6, 5.3, 1.5) fits that: the share of anomalies rises as pixels are left out
     if left_out is None:
@@ -762,7 +790,7 @@ def ignored_labels(args, scenes, checkpoints):
 
 def two_folds(scenes):
     """int (n,): the fold, 0 or 1, of every image: its folder where there are two of them (StreetHazards' t5 and t6),
-    else the half of the sorted list. ASSUMPTION: DenseHybrid has StreetHazards alone."""
+    else the half of the list. ASSUMPTION: DenseHybrid has StreetHazards alone."""
     folders = [Path(scenes.name(i)).parent for i in range(len(scenes))]
     if len(set(folders)) == 2:
         return np.array([sorted(set(folders)).index(f) for f in folders])
@@ -810,8 +838,9 @@ def describe(args, scenes, counts, left_out, both, checkpoints):
         fpr95="recall nearest to 0.95, larger FPR on ties (CAOS); "
               "fpr95_first: first threshold with recall of at least 0.95",
         miou="over the classes present in the labels, ignored_classes included",
-        checkpoints={shown(path): common.fingerprint(path) for path in checkpoints},
-        **systems_protocol(args))
+        dataset=scenes.identity(),
+        checkpoints={shown(path): checkpoint["fingerprint"] for path, checkpoint in checkpoints.items()},
+        **scores_protocol(args, next(iter(checkpoints.values()))))
 
 
 def environment(device):
@@ -952,14 +981,18 @@ def evaluate(models, scores, scenes, ignore, args, device, tallies=None):
 
 
 def calibrate(models, scores, scenes, checkpoints, args, device):
-    """{share: {label: {score: threshold}}} from validation images, for 0.95 (--open) and --operating-point: with this
-    recall there, where they hold anomalies; else 1 − share of their pixels are flagged. On rank 0."""
+    """({share: {label: {score: threshold}}} from validation images, for 0.95 (--open) and --operating-point: with this
+    recall there, where they hold anomalies; else 1 − share of their pixels are flagged; what the protocol says of it).
+    On rank 0."""
     common.say(f"thresholds from the {len(scenes)} validation images of {scenes.root}")
     tallies = evaluate(models, scores, scenes, ignored_labels(args, scenes, checkpoints)[0], args, device)[0]
     pick = lambda h, share: share_threshold(h, share) if h.total[0] else \
         share_threshold(h, round(1 - share, 9), swapped=True)
+    anomalous = any(h.total[0] for tally in tallies.values() for h in tally.histograms.values())
+    told = dict(images=scenes.identity(), share=args.operating_point or 0.95,
+                of="anomalous pixels found" if anomalous else "pixels not flagged")
     return {share: {label: {s: pick(h, share) for s, h in tally.histograms.items()} for label, tally in tallies.items()}
-            for share in {args.operating_point or 0.95, 0.95}}
+            for share in {args.operating_point or 0.95, 0.95}}, told
 
 
 def assess(models, scores, scenes, checkpoints, calibrated, args, device):
@@ -1389,8 +1422,9 @@ def photographs(models, classes, args, device, out):
     for result in (out / f"{stem}{suffix}" for stem in files.values() for suffix in PHOTOGRAPH):
         if os.path.realpath(result) in originals:
             raise common.InputError(f"{result}: a photograph, which a result would replace; expected another --out")
-    remove_earlier(out, evaluation=False)
     scores = prepare_scores(models, [name], args, device)
+    if files:
+        remove_earlier(out, evaluation=False)
     for path, stem in common.progress(files.items(), "photographs"):
         try:
             pixels = upright(path)
@@ -1439,7 +1473,7 @@ def system_flags(p):
                    "pretrain.py --tradi tracked, in place of each --ckpt (default: none)")
     g.add_argument("--bn-images", type=common.whole(2),
                    help="training images from which --tradi re-estimates batch norm (ours: 500)")
-    g.add_argument("--train-root", metavar="FOLDER", help="knn, cknn, --tradi, --queries-from, --open, "
+    g.add_argument("--train-root", metavar="FOLDER", help="knn, cknn, --tradi, --queries-from a split, --open, "
                    "--operating-point: folder of the data that f was trained on (default: the checkpoint's)")
     g = p.add_argument_group("scores of a mask network (--arch mask2former), and SynthCP's")
     g.add_argument("--refine", nargs="+", metavar="CLASS", help="--score maxlogit, Mask2Anomaly's: 0 inside the masks "
@@ -1485,10 +1519,10 @@ def check_system_flags(p, args):
         p.error("argument --lambda: expected a share of at most 1")
     if args.bn_images and not args.tradi:
         p.error("argument --bn-images: without effect; it is for --tradi")
-    if args.train_root and not ({"knn", "cknn"} & set(args.score) or args.tradi or args.queries_from or args.open
-                                or args.operating_point):
-        p.error("argument --train-root: without effect; it is for knn, cknn, --tradi, --queries-from, --open and "
-                "--operating-point")
+    if args.train_root and not ({"knn", "cknn"} & set(args.score) or args.tradi or args.open or args.operating_point
+                                or args.queries_from in common.SPLITS):
+        p.error("argument --train-root: without effect; it is for knn, cknn, --tradi, --queries-from a split, --open "
+                "and --operating-point")
     for score in {"dicnet", "synthcp"} & set(args.score) if args.tradi else ():
         p.error(f"argument --tradi: --score {score} belongs to one f, and not to samples of it")
     args.bn_images = args.bn_images or 500
@@ -1574,7 +1608,11 @@ def labelled_anomalies(place, checkpoint, root):
         for item in (scenes[i] for i in range(len(scenes))):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
-        for name in common.load_manifest(place, "--queries-from; or one of train, val, test")["samples"]:
+        manifest = common.load_manifest(place, "--queries-from; or one of train, val, test")
+        if manifest.get("classes", checkpoint["classes"]) != checkpoint["classes"]:
+            raise common.InputError(f"{Path(place, 'manifest.json')}: of other classes than the checkpoint has, or in "
+                                    "another order; expected a set of its data")
+        for name in manifest["samples"]:
             sample = {k: torch.from_numpy(v) for k, v in common.load_sample(Path(place) / name).items()
                       if k in ("image", "label", "unknown")}
             yield sample["image"].permute(2, 0, 1), sample["label"], sample["unknown"]
@@ -1591,7 +1629,7 @@ def rank_queries(f, items, device, ground=None):
         mine = masks_of(f.outputs(X), X.shape[-2:])[1][0].cpu() > 0.9                        # (Q, H, W)
         valid = (Z != common.IGNORED) | anomalous
         for name, mask in (("anomaly", anomalous), ("ground", torch.zeros_like(anomalous) if ground is None
-                                                    else Z == ground)):
+                                                    else (Z == ground) & ~anomalous)):
             if mask.any():
                 found[name].append((mine & mask).sum((1, 2)) / ((mine | mask) & valid).sum((1, 2)))
 
@@ -1612,9 +1650,6 @@ def make_mask_score(name, fs, args, device):
     queries = [((), ())] * len(fs)
     if args.queries_from:
         checkpoint = common.load_checkpoint(args.ckpt[0])[1]
-        if args.queries_from == args.split and checkpoint["data"] in (args.data or [checkpoint["data"]]):
-            raise common.InputError(f"--queries-from {args.split}: the queries would be chosen on the images that are "
-                                    "evaluated; expected others")
         ground = common.class_indices([args.ground], checkpoint["classes"], "--ground")[0] if args.ground else None
         queries = []
         for f in fs:
@@ -1763,7 +1798,7 @@ def make_knn(name, fs, args, device):
             low, high = r["energy"]
             score = score + (score_energy(outputs["logits"]) - low) / (high - low) / len(known)
         return score
-    return cknn if name == "cknn" else knn
+    return dict(knn=knn, cknn=cknn)
 
 
 def make_dicnet(name, fs, args, device):
@@ -1847,9 +1882,15 @@ def estimate_batch_norm(fs, scenes, chosen, device, batch=8):
         m.eval()
 
 
-def systems_protocol(args):
-    """What results.json says of the systems above, where one is used."""
+def scores_protocol(args, checkpoint):
+    """What results.json says of the scores that have settings of their own, where one is used."""
     told = {}
+    if "dropout" in args.score:
+        told["dropout"] = dict(passes=args.passes, seed=args.seed)
+    if "crf" in args.score:
+        told["crf"] = dict(iterations=args.crf_iterations)
+    if {"knn", "cknn"} & set(args.score) or args.tradi:
+        told["training_images"] = own_split(checkpoint, args.train_root, "train").identity()
     if {"knn", "cknn"} & set(args.score):
         told["knn"] = dict(k=args.knn_k, images_at_most=args.knn_images, vectors_at_most=args.knn_vectors,
                            seed=args.seed, layer=args.knn_layer, upsampling="bilinear")
@@ -1894,6 +1935,7 @@ def main():
 
     # Data and protocol
     opened = open_scenes(args, checkpoint)
+    check_queries(args, opened, checkpoint)
     chosen = named_panels(args.panels, next(iter(opened.values())))
     for scenes in opened.values():
         ignored_labels(args, scenes, checkpoints)
@@ -1913,8 +1955,10 @@ def main():
                 key = val.data, str(val.root)
                 if key not in thresholds:
                     thresholds[key] = calibrate(models, scores, val, checkpoints, args, device)
-            calibrated = thresholds[key] if name in validation else None
+            calibrated, told = thresholds[key] if name in validation else (None, None)
             tables[name] = assess(models, scores, scenes, checkpoints, calibrated, args, device)
+            if told and tables[name]:
+                tables[name]["protocol"]["thresholds"] = told
         if common.rank():
             return
         report(tables)

@@ -20,7 +20,7 @@ D_s is not:
     --images noise     X' − X shuffled over the pixels of D_s: its size without its place and direction
     --images sign      every value of X' − X with a random sign: its size and place without its direction
     --images still     X, with the same D_s: the place alone
-    --images clean     X, without D_s: L_k alone, on the images that the set was made from
+    --images clean     X, without D_s: L_k alone (and γ's term on D_k), on the images that the set was made from
     --any-model        X' of another model: its size, and the direction of another f (--aux)
     --images aux       with a set of mgu_generate.py --ascent: its size and place, up the gradient: more of ỹ
     --alpha 0          L_k alone, on the auxiliary images
@@ -173,7 +173,7 @@ def auxiliary_data(args, checkpoint, root):
     lets that pass, but for another list of classes, whose labels are others."""
     data = AuxiliarySet(args.aux, root, args.seed, args.unknown, args.images, clean=args.mix == "clean")
     path = Path(args.aux) / "manifest.json"
-    made_with, ckpt = data.manifest["settings"].get("ckpt"), common.fingerprint(args.ckpt)
+    made_with, ckpt = data.manifest["settings"].get("ckpt"), checkpoint["fingerprint"]
     if data.manifest.get("classes", checkpoint["classes"]) != checkpoint["classes"] and made_with == ckpt:
         raise common.InputError(f"{path}: the set was made with other classes than {args.ckpt} has, or in another "
                                 "order; expected the dataset.json of pretraining: run mgu_generate.py again")
@@ -216,7 +216,7 @@ def finetune(args, f, checkpoint, root, device):
     common.say(common.about_run(device, f))
 
     # What decides the result, and so what a continued run must share with the first
-    settings = dict({n: getattr(args, n) for n in SETTINGS}, ckpt=common.fingerprint(args.ckpt), **identity,
+    settings = dict({n: getattr(args, n) for n in SETTINGS}, ckpt=checkpoint["fingerprint"], **identity,
                     **system_settings(args))
     facts = facts_of(f, "finetune", checkpoint, root)
     facts["known_unknown"] = args.known_unknown or facts["known_unknown"]
@@ -627,7 +627,7 @@ def train_prototypes(args, f, checkpoint, root, device):
     g.classifier.weight.copy_(weight[:, :, None, None]).requires_grad_(True)
     args.alpha, args.loss, args.bn = 0, "er", "frozen"                # Eq. 5 with an empty D_s
     settings = dict({n: getattr(args, n) for n in ("prototypes", "epochs", "batch_size", "lr", "schedule", "seed")},
-                    ckpt=common.fingerprint(args.ckpt), dataset=scenes.identity())
+                    ckpt=checkpoint["fingerprint"], dataset=scenes.identity())
     facts = facts_of(g, "prototypes", checkpoint, root)
     pretrain.train(g, scenes, args, device, settings, facts)
 
@@ -650,9 +650,8 @@ def distill(args, f, checkpoint, root, device):
     student = student.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, student))
     names = ("student_backbone", "student_weights", "epochs", "batch_size", "lr", "schedule", "bn", "seed")
-    settings = dict({n: getattr(args, n) for n in names}, ckpt=common.fingerprint(args.ckpt),
-                    dataset=scenes.identity())
-    facts = facts_of(student, "distill", checkpoint, root, companion_of=common.fingerprint(args.ckpt))
+    settings = dict({n: getattr(args, n) for n in names}, ckpt=checkpoint["fingerprint"], dataset=scenes.identity())
+    facts = facts_of(student, "distill", checkpoint, root, companion_of=checkpoint["fingerprint"])
 
     pretrain.train(student, scenes, args, device, settings, facts, count=lambda batch, run: [len(batch["label"])],
                    objective=lambda net, part, counts: distillation(teacher, net, part, counts))
@@ -713,7 +712,7 @@ def synthesize(args, f, checkpoint, root, device):
     model = model.to(device, memory_format=torch.channels_last)
     common.say(common.about_run(device, model))
 
-    ckpt = common.fingerprint(args.ckpt)
+    ckpt = checkpoint["fingerprint"]
     names = ("epochs", "batch_size", "lr", "schedule", "bn", "seed", "generator_width")
     settings = dict({n: getattr(args, n) for n in names}, ckpt=ckpt, train=data.identity())
     facts = facts_of(model, "synthesis", checkpoint, root, companion_of=ckpt)
@@ -822,6 +821,8 @@ def checked(p, args):
     for flag in ("margin", "margin_published"):
         if getattr(args, flag) is not None and (loss != "margin" or args.stage != "finetune"):
             p.error(f"argument --{flag.replace('_', '-')}: expected --loss margin")
+    if empty and loss == "margin":                               # its term on D_k goes too: what is left is L_k
+        args.alpha = 0.0
     args.margin, args.margin_published = args.margin or 0.75, bool(args.margin_published)
     return args
 
@@ -863,6 +864,7 @@ def main():
         raise common.InputError(f"{args.out}: --out is --ckpt, which this run starts from; expected another --out")
     device = common.setup(args.device, tf32=True)
     f, checkpoint = common.load_checkpoint(args.ckpt)
+    common.same_everywhere(args.ckpt, checkpoint["fingerprint"], "the one f")
     common.say(common.resolve(args, args.stage, checkpoint["data"], f.arch, without=other_flags(args)))
     root = common.data_root(args.root, checkpoint)               # X and the training split are read there
     run = dict(finetune=finetune, prototypes=train_prototypes, distill=distill, synthesis=synthesize)[args.stage]

@@ -409,6 +409,7 @@ def main():
     if device.type == "cuda":
         deterministic()
     f, checkpoint = common.load_checkpoint(args.ckpt)
+    common.same_everywhere(args.ckpt, checkpoint["fingerprint"], "the one f")
     common.say(common.resolve(args, "mgu", checkpoint["data"], f.arch))
     with common.first_rank_first():
         root = common.data_root(args.root, checkpoint)
@@ -426,7 +427,7 @@ def main():
     # the device or the number of processes, which change them by rounding alone
     out = Path(args.out)
     settings = dict(
-        ckpt=common.fingerprint(args.ckpt), data=checkpoint["data"], dataset=scenes.identity(),
+        ckpt=checkpoint["fingerprint"], data=checkpoint["data"], dataset=scenes.identity(),
         per_class=args.per_class, step_size=args.step_size, max_steps=args.max_steps,
         precision="tf32" if tf32 else "float32", seed=args.seed, min_pixels=MIN_PIXELS,
         **(dict(augment=[list(scenes.crop), list(scenes.scale)]) if args.augment else {}),
@@ -435,6 +436,9 @@ def main():
         with common.first_rank_first():
             if common.rank() == 0:
                 prepare(out, settings, args.restart)
+        manifest = out / "manifest.json"
+        common.same_everywhere(manifest, common.fingerprint(manifest) if manifest.exists() else None,
+                               "--out in a folder that all share")
         # A sample has its name once it is whole: what is there need not be made again
         missing = [job for job in jobs if not (out / sample_name(scenes, *job)).exists()]
         common.barrier()                                                 # every rank has looked before any writes
@@ -465,7 +469,7 @@ def prepare(out, settings, restart):
         manifest_settings(manifest)                                      # refuses what is no set
     for place, own in OWN_FILES.items():
         for path in out.glob(f"{place}*"):
-            left = re.fullmatch(r"\.(.+)\.tmp\d+", path.name)               # by a run that was killed
+            left = re.fullmatch(r"\.(.+)\.tmp\w+", path.name)               # by a run that was killed
             if (left or restart) and re.fullmatch(own, left[1] if left else path.name) and path.is_file():
                 path.unlink()
     if manifest.exists():                                                # continue, with the same settings alone

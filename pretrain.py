@@ -109,8 +109,8 @@ def training_flags(parser, epochs_help, micro_batch=32):
                    "running ones, not updated (ours: train)")
     g = parser.add_argument_group("hardware (none changes what is computed, up to rounding, statistics of batch and "
                                   "spectral norm, and dropout masks)")
-    g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device (default: "
-                   f"{micro_batch} on CUDA, halved where they do not fit its memory, and 16 on a CPU)")
+    g.add_argument("--micro-batch", type=common.whole(2), help=f"images a forward pass and device; with 2, 3 of an odd "
+                   f"number (default: {micro_batch} on CUDA, halved where they do not fit its memory, and 16 on a CPU)")
     g.add_argument("--precision", choices=("float32", "bf16"),
                    help="autocast of the forward pass (default: bf16 on CUDA, else float32; on CUDA "
                    "float32 multiplies in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set)")
@@ -274,8 +274,7 @@ def resume(run, settings, facts):
             # a checkpoint, --out x.png? a photograph, a set, an archive?
             raise common.InputError(f"{path}: this run to {out} would replace it, and no earlier one wrote it; "
                                     "expected another --out")
-    if len(set(common.gather(common.fingerprint(out) if out.exists() else None))) > 1:
-        raise common.InputError(f"{out}: not the same file on every machine; expected --out in a folder that all share")
+    common.same_everywhere(out, common.fingerprint(out) if out.exists() else None, "--out in a folder that all share")
     if out.exists():
         checkpoint = {}
         try:
@@ -357,7 +356,9 @@ def adopt(checkpoint, settings, path):
 
 def prepare(f, args, run, device):
     """X → f.outputs(X), in bf16 where that is asked for; with synchronised batch norm, compiled."""
-    if args.sync_bn and common.world() > 1 and run.cuda:
+    if args.sync_bn and common.world() > 1:
+        if not run.cuda:
+            raise common.InputError(f"--sync-bn: expected GPUs, found {device}")
         if not args.micro_batch:
             raise common.InputError("--sync-bn needs --micro-batch: every rank has to make the same forward passes")
         if run.batch_size % common.world():
@@ -420,7 +421,8 @@ def catch_signals():
     """A list that fills with the signals that ask to save and leave; schedulers send SIGUSR1 before they kill."""
     stop = []
     for s in SIGNALS:
-        signal.signal(s, lambda number, _: stop.append(number))
+        if signal.getsignal(s) != signal.SIG_IGN:      # as nohup leaves SIGHUP: the run is to outlive the terminal
+            signal.signal(s, lambda number, _: stop.append(number))
     return stop
 
 
@@ -473,10 +475,11 @@ def gradient(net, batch, objective, counts, args, run, device):
         try:
             return accumulate(net, batch, objective, counts, args, run, device)
         except torch.cuda.OutOfMemoryError:
-            run.micro = min(run.micro, len(batch["label"])) // 2
+            tried = -(-len(batch["label"]) // n_parts(len(batch["label"]), run.micro))
+            run.micro = tried // 2
             if args.micro_batch or run.micro < 2:
-                raise common.InputError(f"out of GPU memory with {2 * run.micro} images a forward pass: lower "
-                                        "--micro-batch (2 at least) or the image size")
+                raise common.InputError(f"out of GPU memory with {tried} images a forward pass: lower --micro-batch "
+                                        "(2 at least) or the image size")
         torch.cuda.empty_cache()
         with torch.no_grad():
             for b, before in buffers:    # the failed part has moved the running averages of batch norm
@@ -484,13 +487,18 @@ def gradient(net, batch, objective, counts, args, run, device):
         print(f"rank {common.rank()}: out of GPU memory, going on with --micro-batch {run.micro}", flush=True)
 
 
+def n_parts(n, micro):
+    """How many parts of at most `micro` images n images make, of at least 2 each (with micro = 2 one may have 3): batch
+    norm after a 1×1 pooling needs them."""
+    return min(-(-n // micro), n // 2)
+
+
 def accumulate(net, batch, objective, counts, args, run, device):
     """One try of `gradient`: the objective of parts of run.micro images, whose sum is that of the batch."""
     torch.manual_seed(((args.seed * 1_000_003 + run.t) * 1009 + common.rank()) % 2**63)   # dropout
     run.optimiser.zero_grad()
     loss = torch.zeros((), device=device)
-    n = len(batch["label"])
-    parts = min(-(-n // run.micro), n // 2)   # at least 2 images each: batch norm after a 1×1 pooling needs them
+    parts = n_parts(len(batch["label"]), run.micro)
     for part in zip(*(values.tensor_split(parts) for values in batch.values())):
         part = {k: v.to(device, non_blocking=True) for k, v in zip(batch, part)}   # before the forward pass: no wait
         part_loss = objective(net, part, counts)
@@ -614,6 +622,8 @@ def training_curves(log_path, png):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
+    if not any("loss" in v for v in lines):      # it was taken away, and the run went on from its last step
+        return
     loss, miou = [v for v in lines if "loss" in v], [v for v in lines if v.get("miou") is not None]
     fig, ax = plt.subplots(figsize=(6, 3.2), constrained_layout=True)
     window = max(1, len(loss) // 100)
@@ -718,10 +728,11 @@ def pretrained_with(checkpoint):
 
 def decoded_cache(scenes, folder):
     """Paths of two .npy files, images uint8 (n, H, W, 3) and labels uint8 (n, H, W); written once, and again when a
-    source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split."""
+    source file changes. Needs n·H·W·4 bytes of disk: 19 GB for StreetHazards' training split. What an earlier state of
+    the files left is told, not deleted: another run may read it."""
     folder = Path(folder)
     listing = [f"{p.absolute()} {os.stat(p).st_size} {os.stat(p).st_mtime_ns}" for pair in scenes.pairs for p in pair]
-    # Another root or anomaly: another copy. Another state of the files: in place of the old copy
+    # Another root or anomaly: another copy
     root = Path(scenes.root).absolute()
     of = f"{scenes.data}-{scenes.split}-{common.digest(str(root) + scenes.lut.tobytes().hex())[:8]}"
     paths = [folder / f"{of}-{common.digest(chr(10).join(listing))}-{kind}.npy" for kind in ("images", "labels")]
@@ -730,9 +741,11 @@ def decoded_cache(scenes, folder):
             return paths
     folder.mkdir(parents=True, exist_ok=True)
     # Temporary files of a killed run; a young one may be another run's
-    old = [p for p in folder.glob(f".{of}-*") if time.time() - p.stat().st_mtime > 86400]
-    for stale in [*folder.glob(f"{of}-*"), *old]:
-        stale.unlink(missing_ok=True)
+    for leftover in folder.glob(f".{of}-*"):
+        if time.time() - leftover.stat().st_mtime > 86400:
+            leftover.unlink(missing_ok=True)
+    for old in sorted({*folder.glob(f"{of}-*-images.npy")} - {paths[0]}):
+        common.say(f"note: {old} is of an earlier state of {root}: delete it, and its labels, when no run reads it")
     H, W = scenes.decode(0)[1].shape
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(common.replacing(p)) for p in paths]
@@ -851,7 +864,7 @@ def load_backbone(f, weights, flag="--weights"):
                                     f"none to start from random weights, or fetch {enum.url} elsewhere and pass "
                                     f"{flag} FILE")
     else:
-        state = common.load_tensors(weights, "a state dict of torchvision's ImageNet classifier")
+        state, _ = common.load_tensors(weights, "a state dict of torchvision's ImageNet classifier")
     try:
         state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
         f.backbone.load_state_dict(state)

@@ -13,16 +13,17 @@ In the manner of Fishyscapes Static (Blum et al., The Fishyscapes Benchmark, IJC
   what     one to three objects an image, and more until 40 pixels are anomalous; every class equally often; mirrored
            half the time. CLASS_…_border.png, cut off by the edge of its photograph, is left out, as Fishyscapes does
   where    four of five stand on the ground, at a height that grows with the row of the foot (a flat ground seen by a
-           level camera); one of five hangs anywhere, at any size
+           level camera); one of five hangs anywhere, at any size. What is wider than half of the image is made
+           smaller, and then hangs above its foot: every fourth object four times as wide as high, none as wide as high
   light    the colours times (mean grey of the surroundings / of the object)^½, a factor from ½ to 2
   edges    alpha is blurred inwards and blended; a pixel is anomalous where alpha is at least ½, else keeps its label
 Without --objects: ellipses out of scikit-learn's flower photograph, which anybody has. What image N gets is a function
 of (--seed, N), the files of --objects and their order by name.
 """
 import argparse
-import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ HORIZON, LEAST = 0.4, 40   # of the height of the image; anomalous pixels of an 
 def cut_outs(folder, classes):
     """{class: [paths]} of the PNGs of a folder whose class (the name up to its first digit) is asked for."""
     found = {}
-    for path in sorted(Path(folder).glob("*.png")):
+    for path in sorted(Path(folder).glob("[!.]*.png")):
         name = re.split(r"_?\d", path.stem)[0]
         if not path.stem.endswith("_border") and (not classes or name in classes):
             found.setdefault(name, []).append(path)
@@ -53,10 +54,13 @@ def choose(objects, rng):
     if objects:
         paths = objects[list(objects)[rng.integers(len(objects))]]
         path = paths[rng.integers(len(paths))]
-        with Image.open(path) as opened:
-            if "A" not in opened.getbands():
-                raise common.InputError(f"{path}: no alpha channel; expected a cut-out")
-            piece = opened.convert("RGBA")
+        try:
+            with Image.open(path) as opened:
+                has_alpha, piece = "A" in opened.getbands(), opened.convert("RGBA")
+        except Exception as e:   # whatever a damaged file makes Pillow raise
+            raise common.InputError(f"{path}: cannot be read as an image: {e or type(e).__name__}")
+        if not has_alpha or piece.getchannel("A").getextrema()[1] < 128:
+            raise common.InputError(f"{path}: no alpha channel, or none of its pixels is opaque; expected a cut-out")
         piece = piece.crop(piece.getchannel("A").getbbox())
     else:
         from sklearn.datasets import load_sample_image
@@ -131,27 +135,31 @@ def main():
                    "of other classes (default: classes)")
     p.add_argument("--out", required=True, help="folder to write")
     args = p.parse_args()
+    common.check_torchrun()
     out = Path(args.out)
     if out.exists():
         raise common.InputError(f"{out}: is there already; expected a new folder")
     scenes = common.Scenes(args.data, common.default_root(args.data, args.root), args.split, args.anomaly)
     objects = cut_outs(args.objects, args.classes) if args.objects else None
 
-    work = out.with_name(f".{out.name}.tmp{os.getpid()}")                 # renamed when it is complete
-    for kind in ("images", "labels"):
-        (work / kind).mkdir(parents=True)
-    for i in common.progress(range(len(scenes)), "pasting"):
-        image, label = scenes.decode(i)
-        if (label == common.ANOMALY).any():
-            raise common.InputError(f"{scenes.pairs[i][1]}: holds anomalies already; expected a split without them")
-        arrays = pasted(image, label, objects, np.random.default_rng([args.seed, i]))
-        for kind, array in zip(("images", "labels"), arrays):
-            Image.fromarray(array).save(work / kind / f"{i:04d}.png")
-    classes = {name: i for i, name in enumerate(scenes.classes)}
-    common.save_json(work / "dataset.json", dict(
-        classes={} if args.known else classes, known=list(classes.values()) if args.known else [],
-        ignored=[common.IGNORED], anomaly=[common.ANOMALY], splits={"test": {"images": "images", "labels": "labels"}}))
-    work.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        work = Path(work, out.name)                                       # renamed when it is complete
+        for kind in ("images", "labels"):
+            (work / kind).mkdir(parents=True)
+        for i in common.progress(range(len(scenes)), "pasting"):
+            image, label = scenes.decode(i)
+            if (label == common.ANOMALY).any():
+                raise common.InputError(f"{scenes.pairs[i][1]}: holds anomalies already; expected a split without them")
+            arrays = pasted(image, label, objects, np.random.default_rng([args.seed, i]))
+            for kind, array in zip(("images", "labels"), arrays):
+                Image.fromarray(array).save(work / kind / f"{i:04d}.png")
+        classes = {name: i for i, name in enumerate(scenes.classes)}
+        common.save_json(work / "dataset.json", dict(
+            classes={} if args.known else classes, known=list(classes.values()) if args.known else [],
+            ignored=[common.IGNORED], anomaly=[common.ANOMALY],
+            splits={"test": {"images": "images", "labels": "labels"}}))
+        work.rename(out)
     common.say(f"wrote {out}: {len(scenes)} images")
 
 

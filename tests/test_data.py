@@ -103,13 +103,16 @@ CITYSCAPES_IDS = dict(enumerate((
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky",
     "person", "rider", "car", "truck", "bus", "anomaly", "anomaly", "bicycle"))) | {255: None}
+IDD_LITE_IDS = dict(enumerate(("drivable", "non-drivable", "living things", "vehicles", "roadside objects",
+                               "far objects", "sky"))) | {255: None}
 CAMVID_IDS = dict(enumerate(("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
                              "pedestrian",
                              "anomaly", None)))
 
 
 @pytest.mark.parametrize("data, names, N", (("streethazards", STREETHAZARDS_IDS, 12), ("toy", STREETHAZARDS_IDS, 12),
-                                            ("bdd", CITYSCAPES_IDS, 17), ("camvid", CAMVID_IDS, 10)))
+                                            ("bdd", CITYSCAPES_IDS, 17), ("camvid", CAMVID_IDS, 10),
+                                            ("idd_lite", IDD_LITE_IDS, 7)))
 def test_ids(data, names, N):
     classes, lut = common.dataset_classes(data)
     assert len(classes) == N and lut.dtype == np.uint8 and lut.shape == (256,)
@@ -714,6 +717,15 @@ def test_overlapping_splits_are_refused(tmp_path):
     pairs = EXAMPLE["splits"]["test"]
     describe(root, splits=dict(train=train, val=val, test=[*pairs, pairs[0]]))
     refused(lambda: common.split_pairs("folder", root, "test"), "moose.jpg is in test and in test")
+    (root / "again").symlink_to(root / train["images"])
+    describe(root, splits=dict(train=train, val=dict(train, images="again")))
+    refused(lambda: common.split_pairs("folder", root, "val"), "is in train and in val")
+    (root / "again").unlink()
+    shutil.copytree(root / val["labels"], root / "others")
+    describe(root, splits=dict(train=train, val=val, test=dict(val, labels="others")), anomaly=None,
+             anomaly_classes=["person"])
+    refused(lambda: common.split_pairs("folder", root, "test"), "has the labels", "others", "expected one")
+    shutil.rmtree(root / "others")
     describe(root, splits=dict(train=train, val=val, test=val), anomaly=None, anomaly_classes=["person"])
     assert [stems(common.split_pairs("folder", root, s)) for s in common.SPLITS] == [["0", "0", "1"], ["0"], ["1"]]
 
@@ -1250,7 +1262,8 @@ def test_decoded_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, content", (("images", picture(77)), ("annotations", ids(11))))
-def test_decoded_cache_is_made_again(tmp_path, kind, content):
+def test_decoded_cache_is_made_again(tmp_path, capsys, kind, content):
+    """A run that still reads the copy of the old state keeps it; which that is, is told."""
     root = streethazards(tmp_path / "data")
     pretrain.TrainingScenes("streethazards", root, "val", cache=tmp_path / "cache")
     before = sorted((tmp_path / "cache").iterdir())
@@ -1261,7 +1274,8 @@ def test_decoded_cache_is_made_again(tmp_path, kind, content):
     image, label = pretrain.TrainingScenes("streethazards", root, "val", cache=tmp_path / "cache").decode(1)
     assert np.array_equal(image, content) if kind == "images" else (label == 9).all()
     after = sorted((tmp_path / "cache").iterdir())
-    assert len(after) == 2 and not set(after) & set(before)       # the old copy is gone
+    assert len(after) == 4 and set(before) < set(after)
+    assert f"note: {before[0]} is of an earlier state of {root}: delete it" in capsys.readouterr().out
 
 
 def test_decoded_cache_of_another_anomaly(tmp_path):

@@ -3,7 +3,6 @@ processes that are not forked, torch.compile, ranks, and what happens when the m
 import argparse
 import contextlib
 import functools
-import inspect
 import json
 import os
 import pickle
@@ -200,7 +199,7 @@ def test_data_sets_can_be_sent_to_a_process(small, tmp_path):
               for cache in (None, tmp_path / "cache")]
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 2, "--out", "set",
            "--device", "cpu", folder=tmp_path, before=NO_FIGURES)
-    sets = [*scenes, auxiliary_set(tmp_path / "set", small / "toy")]
+    sets = [*scenes, finetune.AuxiliarySet(tmp_path / "set", small / "toy", 0, "flipped", "aux")]
     for data in sets:
         sent = pickle.dumps(data)
         assert len(sent) < 100_000
@@ -208,13 +207,6 @@ def test_data_sets_can_be_sent_to_a_process(small, tmp_path):
             one, two = data[key], pickle.loads(sent)[key]
             assert one.keys() == two.keys() and all(torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k]))
                                                     for k in one)
-
-
-def auxiliary_set(folder, root):
-    """finetune.AuxiliarySet with its flags' first choices, whatever they are called."""
-    given = dict(folder=folder, root=root, seed=0, unknown="flipped", images="aux", mix_clean=False)
-    wanted = inspect.signature(finetune.AuxiliarySet).parameters
-    return finetune.AuxiliarySet(**{k: v for k, v in given.items() if k in wanted})
 
 
 def test_spawned_loader_processes_change_nothing(small, tmp_path):
@@ -334,7 +326,8 @@ def test_synchronised_batch_norm(monkeypatch):
         assert kind.keys() == now.keys() and all(now[k] is v for k, v in kind.items())
     pretrain.freeze_batch_norm(f.train())
     assert not any(m.training for m in f.modules() if isinstance(m, torch.nn.SyncBatchNorm))
-    for wrong, words in ((dict(micro_batch=None), "--sync-bn needs --micro-batch"), (dict(batch_size=7), "evenly")):
+    for wrong, words in ((dict(micro_batch=None), "--sync-bn needs --micro-batch"), (dict(batch_size=7), "evenly"),
+                         (dict(cuda=False), "--sync-bn: expected GPUs, found cpu")):
         changed = [SimpleNamespace(**{k: wrong.get(k, v) for k, v in vars(x).items()}) for x in (args, run)]
         with pytest.raises(common.InputError, match=words):
             pretrain.prepare(f, *changed, torch.device("cpu"))
@@ -377,3 +370,8 @@ def test_out_of_memory_halves_and_leaves_no_trace(capsys):
 def test_out_of_memory_with_a_size_that_was_asked_for():
     with pytest.raises(common.InputError, match="out of GPU memory with 8 images a forward pass: lower --micro-batch"):
         accumulated(Narrow(), 8, 8)
+
+
+@pytest.mark.parametrize("n, micro, sizes", ((8, 8, [8]), (7, 2, [3, 2, 2]), (5, 4, [3, 2]), (256, 32, [32] * 8)))
+def test_parts(n, micro, sizes):
+    assert [len(part) for part in torch.arange(n).tensor_split(pretrain.n_parts(n, micro))] == sizes

@@ -106,6 +106,11 @@ def test_dropout_masks_are_of_the_image_and_the_seed():
     with torch.no_grad():
         first, other, of_seed, again = (scores[seed](X, None, i) for seed, i in ((0, 0), (0, 1), (1, 0), (0, 0)))
     assert first.equal(again) and not first.equal(other) and not first.equal(of_seed)
+    calls = []
+    f.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        evaluate.make_dropout("dropout", [f], argparse.Namespace(seed=0, passes=5), "cpu")(X, None, 0)
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("arch", common.ARCHS)
@@ -201,12 +206,6 @@ def test_figures_mean_over_images_with_both_kinds_of_pixel():
     t.images[9] = {"msp": None}   # an image without an anomalous pixel
     found = evaluate.score_metrics(t, "msp", [0, 1, 2, 3, 9])
     assert found["per_image"]["auroc"] == round(float(np.mean([t.images[i]["msp"]["auroc"] for i in range(4)])), 4)
-
-
-def test_confusion_ignores_what_is_no_class():
-    Z = torch.tensor([[0, 1, 255, 254]], dtype=torch.uint8)
-    matrix = common.confusion(torch.tensor([[0, 2, 1, 1]], dtype=torch.uint8), Z, 3)
-    assert matrix.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 
 # ──────────────────────────────────────────── the protocol's parts ────────────────────────────────────────────
@@ -324,6 +323,47 @@ def test_a_photograph_is_never_replaced(small, tmp_path):
     before = (tmp_path / "p/a_anomaly.png").read_bytes()
     one_error(tried(small, "--images", "p", "--out", "p", folder=tmp_path, ok=False), "a_anomaly.png: a photograph")
     assert (tmp_path / "p/a_anomaly.png").read_bytes() == before and files(tmp_path / "p") == ["a.jpg", "a_anomaly.png"]
+
+
+def test_a_run_that_fails_takes_no_overlays_away(small, tmp_path):
+    picture(tmp_path / "p/a.jpg")
+    tried(small, "--images", "p", folder=tmp_path)
+    before = files(tmp_path / "results")
+    assert len(before) == 3
+    for more in (("p", "--score", "dropout"), ("nowhere.jpg",)):
+        one_error(tried(small, "--images", *more, folder=tmp_path, ok=False))
+        assert files(tmp_path / "results") == before
+
+
+def test_what_names_nothing_is_refused(small, tmp_path):
+    """A baseline that is called like the ensemble; classes to ignore where no label tells one."""
+    for name in ("a.pt", "b.pt", "a+b.pt"):
+        shutil.copy(small / "pretrained.pt", tmp_path / name)
+    one_error(run("evaluate.py", "--ckpt", "a.pt", "b.pt", "--baseline", "a+b.pt", folder=tmp_path), "a+b.pt: a+b is")
+    args = argparse.Namespace(data=["roadanomaly"], root=[str(tmp_path)], split="test", open=False,
+                              ignore_classes=["car"])
+    picture(tmp_path / "images/0.png", (40, 48))
+    Image.fromarray(np.resize([0, 2], (40, 48)).astype(np.uint8)).save(tmp_path / "x.png")
+    (tmp_path / "labels_masks").mkdir()
+    (tmp_path / "x.png").rename(tmp_path / "labels_masks/0.png")
+    with pytest.raises(common.InputError, match="--ignore-classes: the labels of roadanomaly tell no classes"):
+        evaluate.open_scenes(args, common.load_checkpoint(small / "pretrained.pt")[1])
+
+
+def test_figure_4(monkeypatch):
+    """Both accuracies against δ, counted one threshold at a time."""
+    drawn, rng = [], np.random.default_rng(0)
+    monkeypatch.setattr(evaluate, "save_figure", lambda fig, path: drawn.append(fig))
+    top, kind = rng.integers(0, 1001, 5000), rng.integers(0, 3, 5000)     # max S in 1/1000; right, wrong, anomalous
+    counts = np.zeros((3, 1001), np.int64)
+    for k, rows in ((0, kind == 0), (1, kind < 2), (2, kind == 2)):
+        np.add.at(counts[k], top[rows], 1)
+    evaluate.draw_threshold({"ft": counts}, "x.png")
+    (semantic, anomaly), = [ax.lines for ax in drawn[0].axes]
+    for at in (0, 1, 500, 999, 1000):
+        assert semantic.get_ydata()[at] == pytest.approx(100 * ((kind == 0) & (top > at)).sum() / (kind < 2).sum())
+        assert anomaly.get_ydata()[at] == pytest.approx(100 * (top[kind == 2] <= at).mean())
+        assert semantic.get_xdata()[at] == anomaly.get_xdata()[at] == at / 1000
 
 
 def test_a_photograph_with_non_finite_scores_is_refused(small, tmp_path):

@@ -106,7 +106,7 @@ def test_no_labelled_validation_pixel(other_labels, tmp_path):
 @pytest.mark.parametrize("workers", (0, 2))
 def test_an_error_in_a_loader_process_ends_the_run(other_labels, tmp_path, workers):
     root = other_labels(("train",), lambda ids: np.full_like(ids, 99))
-    done = run(*TRAIN, "--root", root, "--workers", workers, folder=tmp_path)    # finish() gives up after 120 s
+    done = run(*TRAIN, "--root", root, "--workers", workers, folder=tmp_path)
     one_line(done, "id 99", "expected")
 
 
@@ -131,6 +131,17 @@ def test_the_end_of_a_loader_process_behind_another_error(monkeypatch, capsys):
         common.cli(main)
     err = capsys.readouterr().err
     assert err.startswith("error: DataLoader worker (pid 7)") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("kind, last", ((FileNotFoundError, "[Errno 2] No such file or directory: 'x.npy'"),
+                                        (MemoryError, "Unable to allocate 9 GiB"),
+                                        (common.InputError, "x: not the layout of toy.\n    Expected: y")))
+def test_an_error_of_a_loader_process_is_what_stands_last(kind, last):
+    traceback = "Traceback (most recent call last):\n  File \"a.py\", line 1, in f\n    raise Error: no\n"
+    name = "common.InputError" if kind is common.InputError else f"numpy._core.{kind.__name__}"
+    told = f"Caught {kind.__name__} in DataLoader worker process 0.\nOriginal {traceback}{name}: {last}\n"
+    assert common.last_error(kind(told)) == last == common.last_error(kind(last))
+    assert common.last_error(MemoryError()) == ""
 
 
 # ─────────────────────────────────────────── streams and encodings ───────────────────────────────────────────

@@ -366,14 +366,15 @@ def test_what_is_handed_on(small):
 
 # ─────────────────────────────────────────────── a whole run ───────────────────────────────────────────────
 
-@pytest.mark.parametrize("images, unknown, mix", (("sign", "all", "train"), ("noise", "flipped", "clean"),
-                                                  ("still", "flipped", "none")))
-def test_the_flags_reach_the_loss(aux, small, tmp_path, images, unknown, mix):
+@pytest.mark.parametrize("images, unknown, mix, loss", (
+    ("aux", "flipped", "none", "er"), ("sign", "all", "train", "kl"), ("noise", "flipped", "clean", "kl"),
+    ("still", "flipped", "none", "kl")))
+def test_the_flags_reach_the_loss(aux, small, tmp_path, images, unknown, mix, loss):
     """The first loss, with batch norm frozen and no dropout, against Eq. 5 in float64 over the batch that the flags
-    describe."""
+    describe; the paper's batch is read from the files here."""
     run_ok("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", aux, "--epochs", 1, "--batch-size", 8, "--bn",
            "frozen", "--alpha", 0.2, "--images", images, "--unknown", unknown, "--mix", mix, "--seed", 5, "--loss",
-           "kl", folder=tmp_path)
+           loss, folder=tmp_path, before=NO_FIGURES)
     first = json.loads((tmp_path / "ft.jsonl").read_text().splitlines()[0])
     f, checkpoint = common.load_checkpoint(small / "pretrained.pt")
     root = small / "toy"
@@ -382,15 +383,24 @@ def test_the_flags_reach_the_loss(aux, small, tmp_path, images, unknown, mix):
     data = AuxiliarySet(aux, root, 5, unknown, images, clean=mix == "clean", train=train if mix == "train" else None)
     keys = next(pretrain.epoch_batches(len(data), 8, 5, 0, 0, 1))
     batch = [data[key] for key in keys]
+    if images == "aux":
+        for item, (_, i) in zip(batch, keys):
+            with np.load(sorted(aux.glob("*.npz"))[i]) as file:
+                item |= dict(image=torch.tensor(file["image"]).permute(2, 0, 1), label=torch.tensor(file["label"]),
+                             unknown=torch.tensor(file["unknown"]))
     if mix != "none":
         assert any(i >= len(data) // 2 for _, i in keys) and any(i < len(data) // 2 for _, i in keys)
     with torch.no_grad():
         z = f.double()(torch.stack([item["image"] for item in batch]).double() / 255)
-    log_S = z - z.exp().sum(1, keepdim=True).log()
+    log_S = z.log_softmax(1)
     Z, D_s = (torch.stack([item[k] for item in batch]) for k in ("label", "unknown"))
     known = (Z < 12) & ~D_s
     loss_k = -log_S.gather(1, Z.clamp(max=11).long()[:, None])[:, 0][known].mean()            # L_k
-    loss_s = -(log_S + np.log(12)).mean(1)[D_s].mean()                                          # Eq. 4
+    if loss == "kl":
+        loss_s = -(log_S + np.log(12)).mean(1)[D_s].mean()                                      # Eq. 4
+    else:
+        H, H_max = -(log_S.exp() * log_S).sum(1)[D_s], np.log(12)
+        loss_s = ((1.01 * H_max) / (H + 0.01 * H_max) - 1).mean()                               # Eq. 6
     assert D_s.sum() > 50 and first["loss"] == pytest.approx(float(loss_k + 0.2 * loss_s), rel=2e-3)
     settings = torch.load(tmp_path / "ft.pt", weights_only=True)["settings"]
     assert [settings[k] for k in ("images", "unknown", "mix")] == [images, unknown, mix]

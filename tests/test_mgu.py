@@ -246,19 +246,19 @@ class Scenes:
         return self.items[i][0].transpose(1, 2, 0), self.items[i][1]
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_stored_samples(step, tmp_path):
-    """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that; the figures fit."""
+@pytest.mark.parametrize("eta, cap", (*STEPS.values(), (0.05, 40)))
+def test_stored_samples(eta, cap, tmp_path):
+    """A file holds X' rounded to 8 bits, and as D_s what f gets right on X and wrong on that (which the smallest η can
+    tell from wrong before rounding); the figures fit."""
     f = network(3)
     jobs = make_jobs(f, 9, 0)   # the last one hits the cap
-    eta, cap = STEPS[step]
     args = argparse.Namespace(batch_size=4, step_size=eta, max_steps=cap, ascent=False, augment=False)
     scenes, chosen = Scenes(jobs), [(y, k) for k, _, _, y in jobs]
     f = f.float()
     mgu_generate.generate(f, scenes, chosen, tmp_path, args, "cpu")
     figures = mgu_generate.class_figures(mgu_generate.measure(f, scenes, chosen, tmp_path, "cpu"))
-    correct = flipped = 0
-    sure, moved = [], []
+    correct = flipped = undone = 0
+    sure, moved, iterations = [], [], []
     for k, X, Z, y in jobs:
         X_aux, history = literal(network(3), torch.from_numpy(X).double() / 255, Z, y, eta, cap)
         sample = common.load_sample(tmp_path / f"{y:02d}_class-{y}-{k:06d}.npz")
@@ -271,13 +271,37 @@ def test_stored_samples(step, tmp_path):
         if sample["history"].tolist() == history:   # not always, in float32
             assert np.abs(X_stored - 255 * X_aux.numpy()).max() <= 0.51
         correct, flipped = correct + right.sum(), flipped + (right & wrong).sum()
+        undone += (right & (f(X_aux[None].float())[0].argmax(0).numpy() != y) & ~wrong).sum()
+        iterations.append(len(sample["history"]) - 1)
         sure.append(S_aux.max(0)[right & wrong])
         moved.append((X_stored.astype(float) - X)[:, Z == y])
     assert figures["images"] == 9 and figures["correct_pixels"] == correct and 20 < flipped < correct
     assert figures["flip_rate"] == pytest.approx(100 * flipped / correct, abs=1e-3)
     assert figures["mean_max_softmax"] == pytest.approx(np.concatenate(sure).mean(), abs=1e-4)
+    assert undone > 0 or eta > 0.05, "the test needs flips that rounding takes back"
+    assert figures["iterations_median"] == np.median(iterations) and figures["iterations_max"] == max(iterations)
     assert figures["linf"] == max(np.abs(m).max() for m in moved)
     assert figures["rms"] == pytest.approx(np.sqrt(np.mean(np.concatenate([m.ravel() for m in moved])**2)), abs=1e-3)
+
+
+def test_a_row_of_a_sheet():
+    """What its five cells show: X, X', the amplified difference, f's predictions on both."""
+    import matplotlib.pyplot as plt
+    f, rng = network(3).float(), np.random.default_rng(0)
+    X = rng.integers(60, 190, (12, 16, 3), np.uint8)
+    X_aux, D_s = X.copy(), np.zeros((12, 16), bool)
+    D_s[3:9, 4:12] = True
+    X_aux[D_s] = X[D_s] + rng.choice([-10, 10], (48, 3))
+    fig, axes = plt.subplots(1, 5)
+    sample = dict(image=X_aux, unknown=D_s, history=np.array([48, 5]))
+    mgu_generate.sheet_row(axes, f, X, sample, plt.get_cmap("tab20", N), "cpu")
+    cells = [ax.get_images()[0].get_array() for ax in axes]
+    plt.close(fig)
+    predictions = [f(torch.from_numpy(v.transpose(2, 0, 1))[None] / 255)[0].argmax(0).numpy() for v in (X, X_aux)]
+    difference = 128 + 10 * (X_aux.astype(int) - X)              # its 95th percentile, 10 levels, becomes 100
+    for cell, want in zip(cells, (X, X_aux, difference, *predictions)):
+        assert np.array_equal(cell, want)
+    assert (predictions[0] != predictions[1]).any() and "× 10" in axes[2].get_title()
 
 
 def test_ascent(tmp_path):

@@ -330,19 +330,11 @@ def test_imagenet_weights_are_loaded(monkeypatch):
     assert torch.equal(f.backbone["16"][1].running_var, state["features.16.1.running_var"])
 
 
-def test_cosine_classifier():
-    """s · cos(x, w_i) in float64; neither the length of a feature nor of a prototype matters; zero stays finite."""
-    torch.manual_seed(7)
-    head, x = common.CosineClassifier(6, 4), torch.randn(2, 6, 3, 5)
-    w, e = head.weight.detach().double()[..., 0, 0], x.double()
-    want = 10 * torch.einsum("bchw,nc->bnhw", e, w) / e.norm(dim=1, keepdim=True) / w.norm(dim=1).view(-1, 1, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(head(x).double(), want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(head(7.3 * x), head(x))
-        head.weight[1] *= 7.3
-        torch.testing.assert_close(head(x).double(), want, rtol=1e-5, atol=1e-5)
-        assert head(torch.zeros_like(x)).abs().max() == 0 and head(x).abs().max() <= 10
-    assert head.bias is None
+@pytest.mark.parametrize("backbone", (SMALL, "mobilenet_v2"))
+def test_batch_norm_momentum(backbone):
+    """Also where torchvision has another one."""
+    f = common.Segmenter("fpn", backbone, 5, 16)
+    assert {m.momentum for m in f.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
 
 
 def test_heads_beside_the_classifier():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_curve
+from torch import nn
 
 import common
 import evaluate
@@ -415,13 +416,15 @@ def test_thresholds_of_labels_without_classes(toy_root):
         evaluate.validation_scenes(scenes, checkpoint)
 
 
-def test_thresholds_of_f_s_own_data_come_from_the_train_root(toy_root):
+def test_thresholds_of_f_s_own_data_come_from_the_train_root(toy_root, tmp_path):
     """Where the test images lie in a folder that has no others."""
+    other = shutil.copytree(toy_root, tmp_path / "toy")
     scenes = common.Scenes("toy", toy_root, "test")
     checkpoint = dict(data="toy", root=str(toy_root), anomaly=None, classes=scenes.classes)
-    scenes.root = "/of/the/test/images/alone"
-    found = evaluate.validation_scenes(scenes, checkpoint, str(toy_root))
-    assert (found.split, str(found.root)) == ("val", str(toy_root))
+    for root, of in (("/of/the/test/images/alone", toy_root), (toy_root, toy_root), (other, other)):
+        scenes.root = root
+        found = evaluate.validation_scenes(scenes, checkpoint, str(toy_root))
+        assert (found.split, str(found.root)) == ("val", str(of))
 
 
 # ─────────────────────────────────────────── the script, as it is run ───────────────────────────────────────────
@@ -558,8 +561,9 @@ def test_unlabeled_other_and_the_base_line(small, tmp_path):
     assert results(tmp_path / "results")["protocol"]["ignored_pixels"] == 0
 
 
-def test_several_data_sets_for_any_batch_size_and_number_of_ranks(small, tmp_path):
-    """One table, one results.json, figures of each; the same bytes however the work is split."""
+def test_several_data_sets_for_any_batch_size_and_number_of_ranks(small, tmp_path, monkeypatch):
+    """One table, one results.json, figures of each; the same bytes however the work is split; and the objects of a set
+    as they are by hand, of the views that the flags ask for and without the ignored pixels."""
     anomalies(tmp_path / "RA", n=3, suffix=".jpg")
     anomalies(tmp_path / "RO", n=1, ids=(255, 1))
     mask(tmp_path / "RO/labels_masks/1.png", (0, 1, 255), (96, 54))
@@ -582,6 +586,20 @@ def test_several_data_sets_for_any_batch_size_and_number_of_ranks(small, tmp_pat
     assert found["protocol"]["roadobstacle21"]["ignored_pixels"] == 96 * 54 - 600 + 1    # no labels of classes: always
     assert found["protocol"]["roadobstacle21"]["objects"] == "at least 10 pixels; predictions of at least 50"
     assert found["protocol"]["roadanomaly"]["objects"] == "at least 100 pixels; predictions of at least 500"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, args)])
+    assert evaluate.parse().views == [([40, 64], 1, False), ([40, 64], 1, True)]
+    f = common.load_checkpoint(small / "pretrained.pt")[0]
+    pictures, scenes = [], common.Scenes("roadobstacle21", tmp_path / "RO", "test")
+    at = next(r for r in found["rows"] if (r["data"], r["score"]) == ("roadobstacle21", "energy"))["objects"]
+    for item in scenes:
+        X = nn.functional.interpolate(item["image"][None] / 255, (40, 64), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            maps = [-nn.functional.interpolate(z.logsumexp(1, keepdim=True), item["label"].shape, mode="bilinear")[0, 0]
+                    for z in (f(X), f(X.flip(3)).flip(3))]
+        flagged = (sum(maps) / 2).numpy() >= at["threshold"] - 1e-5
+        pictures.append((flagged, (item["label"] == common.ANOMALY).numpy(),
+                         (item["label"] == common.IGNORED).numpy()))
+    assert tuple(at[k] for k in ("siou", "ppv", "f1")) == pytest.approx(by_hand(pictures, (10, 50)), abs=0.5)
     for row in found["rows"]:
         assert ("open" in row) == (row["miou"] is not None) == (row["data"] == "toy") and "objects" in row
     table = [line.split()[:3] for line in done.out.splitlines() if " pretrained " in line]

@@ -1,6 +1,7 @@
 """Choosing sets with pasted objects; the graph of the experiments and its running; tables and numbers of READMEs."""
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common
 import paste
-from runner import REPO, run, run_ok
+from runner import NO_FIGURES, REPO, run, run_ok
 
 sys.path.insert(0, str(REPO / "tests" / "results"))
 import choose
@@ -132,6 +134,38 @@ def test_paste_refuses(toy_root, tmp_path):
                    folder=tmp_path)
         assert done.code == 1 and text in done.err and done.err.count("\n") == 1, done.err
         assert not (tmp_path / "out").exists()
+    clear, half = np.full((9, 9, 4), 9, np.uint8), tmp_path / "objects/cat_2.png"
+    clear[..., 3] = 100
+    Image.fromarray(clear).save(half)
+    (tmp_path / "objects/._dog_1.png").write_bytes(b"a Mac's")
+    for damaged, text in ((None, "cat_2.png: no alpha channel, or none of its pixels is opaque"),
+                          (half.read_bytes()[:60], "cat_2.png: cannot be read as an image")):
+        if damaged:
+            half.write_bytes(damaged)
+        with pytest.raises(common.InputError, match=text):
+            for k in range(20):
+                paste.choose(paste.cut_outs(tmp_path / "objects", None), np.random.default_rng(k))
+        done = run("tests/paste.py", "--root", toy_root, "--out", "out", "--objects", "objects", folder=tmp_path)
+        assert done.code == 1 and text in done.err and sorted(os.listdir(tmp_path)) == ["objects", "stderr", "stdout"]
+
+
+def test_paste_and_evaluate_with_an_anomaly_of_ones_own(small, tmp_path):
+    """dataset.json of a pasted set says by ids what is anomalous: the checkpoint's --anomaly is not its."""
+    shutil.copytree(small / "toy", tmp_path / "mine")
+    spec = {k: v for k, v in common.DATASETS["toy"].items() if k not in ("anomaly", "counts")}
+    ids = [i for v in common.DATASETS["toy"]["anomaly"] for i in ([v] if isinstance(v, int) else v)]
+    spec["classes"] = dict(spec["classes"], thing=ids)
+    (tmp_path / "mine/dataset.json").write_text(json.dumps(spec))
+    checkpoint = torch.load(small / "pretrained.pt", weights_only=True)
+    torch.save(dict(checkpoint, data="folder", root=str(tmp_path / "mine"), anomaly=["thing"]), tmp_path / "f.pt")
+    run_ok("tests/paste.py", "--data", "folder", "--root", "mine", "--anomaly", "thing", "--out", "pasted",
+           folder=tmp_path)
+    for more in ((), ("--root", "pasted")):
+        run_ok("evaluate.py", "--ckpt", "f.pt", *("--data", "folder") * bool(more), *more, "--operating-point", 0.9,
+               "--panels", 0, "--out", f"of{len(more)}", folder=tmp_path, before=NO_FIGURES)
+    own, other = (json.loads((tmp_path / out / "results.json").read_text())["protocol"] for out in ("of0", "of2"))
+    assert (own["images"], other["images"]) == (3, 2)
+    assert own["thresholds"] == other["thresholds"] and own["dataset"] != other["dataset"]
 
 
 # ─────────────────────────────────────────────── experiments.py ───────────────────────────────────────────────

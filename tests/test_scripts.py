@@ -355,11 +355,14 @@ def test_mgu_killed_and_continued(aux, small, tmp_path):
 def test_mgu_refuses_a_set_of_other_settings(aux, small, tmp_path):
     shutil.copytree(aux, tmp_path / "auxiliary")
     before = contents(tmp_path / "auxiliary")
-    for flags, said in ((("--seed", 1), "seed 0, this run has 1"),
-                        (("--step-size", 2), "step-size 10.0, this run has 2.0")):
-        one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, *flags, folder=tmp_path),
-                 said, "--restart")
+    tried = dict(seed=(1,), step_size=(2,), max_steps=(7,), per_class=(1,), ascent=())
+    for name, values in tried.items():
+        flag = name.replace("_", "-")
+        one_line(run("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU, f"--{flag}", *values, folder=tmp_path),
+                 f"made with {flag} ", f"this run has {values[0] if values else True}", "--restart")
     assert contents(tmp_path / "auxiliary") == before
+    settings = common.load_json(tmp_path / "auxiliary/manifest.json")["settings"]
+    assert {*settings} - {*tried} == {"ckpt", "data", "dataset", "precision", "min_pixels"}, "and these, for other data"
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", *MGU[:-2], "--max-steps", 1, "--restart",
            folder=tmp_path, before=NO_FIGURES)
     assert max(len(np.load(p)["history"]) for p in (tmp_path / "auxiliary").glob("*.npz")) == 2

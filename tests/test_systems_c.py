@@ -702,7 +702,7 @@ def test_a_generator_belongs_to_one_checkpoint(masks, small):
 @pytest.mark.parametrize("name, changed, told", (
     ("synthcp", dict(baseline=["other.pt"]), "other.pt .* finetune.py --synthesis --ckpt other.pt"),
     ("synthcp", dict(generator="other.pt"), "other.pt: a checkpoint of pretrain; expected one of .* --synthesis"),
-    ("maskomaly", dict(queries_from="test"), "expected others"),
+    ("maskomaly", dict(queries_from="foreign"), "foreign/manifest.json: of other classes"),
     ("maskomaly", dict(queries_from="val"), "val: no anomalous pixel"),
     ("maskomaly", dict(queries_from="nowhere"), "nowhere/manifest.json: no such file; expected"),
     ("maskomaly", dict(queries_from="unfinished"), "unfinished/manifest.json: no samples: the set is not complete"),
@@ -714,11 +714,40 @@ def test_what_a_score_needs_is_refused_in_one_line(masks, small, monkeypatch, na
     os.makedirs("unfinished", exist_ok=True)
     with open("unfinished/manifest.json", "w") as file:
         file.write('{"format": 1, "settings": {}}')
+    shutil.copytree("auxiliary", "foreign", dirs_exist_ok=True)
+    common.save_json("foreign/manifest.json", dict(common.load_json("auxiliary/manifest.json"), classes=["a", "b"]))
     args = dict(ckpt=["m2f.pt"], baseline=[], generator="generator.pt", split="test", queries_from=None, ground=None,
                 refine=None, data=None, train_root=None)
     with pytest.raises(common.InputError, match=told):
         evaluate.prepare_scores([common.load_checkpoint("m2f.pt")[0]], [name],
                                 argparse.Namespace(**{**args, **changed}), torch.device("cpu"))
+
+
+def test_queries_are_not_chosen_on_images_that_are_evaluated(masks):
+    """Whatever their data sets and splits are called."""
+    _, checkpoint = common.load_checkpoint(masks / "m2f.pt")
+    opened = {split: common.Scenes("toy", checkpoint["root"], split) for split in ("val", "test")}
+    for place, tested, refused in (("test", "test", True), ("val", "val", True), ("test", "val", False),
+                                   (None, "test", False), ("auxiliary", "test", False)):
+        check = lambda: evaluate.check_queries(argparse.Namespace(queries_from=place, train_root=None),
+                                               {tested: opened[tested]}, checkpoint)
+        if refused:
+            with pytest.raises(common.InputError, match=f"--queries-from {place}: .* that are evaluated, .*png among"):
+                check()
+        else:
+            check()
+
+
+def test_ground_queries_are_of_what_is_no_anomaly(masks):
+    """D_s of a sample of road keeps the label road."""
+    Z = torch.zeros(8, 8, dtype=torch.uint8)
+    anomalous = torch.zeros(8, 8, dtype=torch.bool)
+    anomalous[:, :4] = True
+    m = torch.full((1, 2, 8, 8), -9.0)
+    m[0, 0, :, :4] = m[0, 1, :, 4:] = 9
+    f = argparse.Namespace(outputs=lambda X: dict(sets=[(torch.zeros(1, 2, 3), m)]))
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    assert evaluate.rank_queries(f, [(image, Z, anomalous)], "cpu", ground=0) == ({0: 1.0}, {1: 1.0})
 
 
 def test_what_the_options_of_a_score_do(masks, monkeypatch):
@@ -788,6 +817,10 @@ def test_flags_without_effect_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["finetune.py", "--loss", "margin"])
     args = finetune.parse()
     assert args.out == "ft.pt" and "alpha 1.0 (method)" in common.resolve(args, "finetune", "toy", "fpn")
+    for given in ("--images clean", "--negatives paste --patches x --paste-control off"):   # L_k alone: no term on D_k
+        monkeypatch.setattr("sys.argv", ["finetune.py", "--method", "mask2anomaly", *given.split()])
+        args = finetune.parse()
+        assert "alpha 0.0 (flag)" in common.resolve(args, "finetune", "toy", "fpn") and args.alpha == 0
     for given in ("--method mask2anomaly", "--loss margin"):
         monkeypatch.setattr("sys.argv", ["finetune.py", *given.split(), "--margin-published", "--margin", "0.5"])
         args = finetune.parse()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from torch import nn
 
 import common
@@ -55,8 +56,10 @@ class Net(nn.Module):
         torch.manual_seed(1)
         self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, N, 1))
         self.layers[1].running_mean.uniform_(-0.2, 0.2)
+        self.sizes = []
 
     def outputs(self, X):
+        self.sizes.append(len(X))
         return dict(logits=self.layers(X))
 
     def forward(self, X):
@@ -65,22 +68,22 @@ class Net(nn.Module):
 
 @pytest.fixture
 def signals():
-    """pretrain.train() takes over SIGTERM and SIGINT."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    """pretrain.train() takes these over."""
+    before = {s: signal.getsignal(s) for s in pretrain.SIGNALS}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
 
 
-def train(data, out, **more):
+def train(data, out, f=None, validate=None, **more):
     """The network after pretrain.train(); its .grad are those of the last step."""
     args = argparse.Namespace(**{**dict(batch_size=len(data), epochs=1, lr=1e-3, seed=0, bn="frozen", micro_batch=None,
                                         precision=None, sync_bn=False, compile=False, workers=0, save_every=5,
                                         restart=False, schedule="constant", alpha=0.05, loss="er", out=str(out)),
                                  **more})
-    f = Net()
+    f = f or Net()
     pretrain.train(f, data, args, torch.device("cpu"), {"schedule": args.schedule, "epochs": args.epochs},
-                   dict(stage="test"))
+                   dict(stage="test"), validate)
     return f
 
 
@@ -117,6 +120,40 @@ def test_parts_of_a_batch_add_up_to_eq_5(tmp_path, signals, alpha, loss):
         log = [json.loads(line) for line in (tmp_path / f"{micro}.jsonl").read_text().splitlines()]
         assert [v["loss"] for v in log] == [pytest.approx(value, rel=1e-5)]
         assert torch.equal(f.layers[1].running_mean, Net().layers[1].running_mean), "frozen batch norm was updated"
+        assert sum(f.sizes) == 7 and min(f.sizes) >= 2 and max(f.sizes) <= max(micro or 7, 3)
+
+
+class Dropping(Net):
+    """It notes what a layer of dropout makes of ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.masks = nn.Dropout(0.5), []
+
+    def outputs(self, X):
+        self.masks.append(self.drop(torch.ones(64)))
+        return super().outputs(X)
+
+
+def test_dropout_is_active_with_other_masks_in_each_step_and_rank(tmp_path, signals, monkeypatch):
+    """ASSUMPTION of the README: in both trainings, with frozen batch norm too. The same run has the same masks."""
+    masks, accumulate = [], pretrain.accumulate
+
+    def of_rank(*args):
+        with monkeypatch.context() as m:
+            m.setattr(common, "rank", lambda: rank)
+            return accumulate(*args)
+    for rank, seed in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        f = Dropping()
+        with monkeypatch.context() as m:
+            m.setattr(pretrain, "accumulate", of_rank)
+            (tmp_path / str(len(masks))).mkdir()
+            train(Images(6), tmp_path / f"{len(masks)}/f.pt", f, batch_size=3, epochs=2, seed=seed)
+        masks.append(torch.stack(f.masks))
+    first, again, of_rank, of_seed = masks
+    assert set(first.unique().tolist()) == {0, 2} and len(first) == 4 == len({tuple(v.tolist()) for v in first})
+    assert torch.equal(first, again)
+    assert all((first != other).any(1).all() for other in (of_rank, of_seed))
 
 
 def test_batch_norm_trains_by_default(tmp_path, signals):
@@ -126,7 +163,8 @@ def test_batch_norm_trains_by_default(tmp_path, signals):
 
 @pytest.mark.parametrize("schedule", ("constant", "poly"))
 def test_learning_rate(tmp_path, signals, schedule):
-    """The first step of Adam moves every weight by lr · g / (|g| + 10⁻⁸); poly falls from there to nearly 0."""
+    """The first step of Adam moves every weight by lr · g / (|g| + 10⁻⁸); poly falls from there, to an eighth in
+    the tenth of ten."""
     f = train(Images(7), tmp_path / "f.pt", schedule=schedule)
     for p, q in zip(f.parameters(), Net().parameters()):
         torch.testing.assert_close(q - p, 1e-3 * p.grad / (p.grad.abs() + 1e-8), rtol=1e-3, atol=1e-7)
@@ -161,6 +199,40 @@ def test_curve_of_a_loss_below_zero(tmp_path, monkeypatch):
         with contextlib.suppress(OSError):                       # nothing was written that could be renamed
             pretrain.training_curves(tmp_path / "log.jsonl", tmp_path / "log.png")
     assert drawn[0][0] <= -2.5 and drawn[1][0] == 0 and min(top for _, top in drawn) >= 3
+
+
+def test_the_log_was_taken_away(tmp_path, signals, monkeypatch):
+    """A run that is killed in its last validation goes on there, once; without its log it has no curves to draw."""
+    load = lambda path, **_: (None, torch.load(path, weights_only=True))
+    monkeypatch.setattr(common, "load_checkpoint", load)                         # Net is no Segmenter
+
+    def killed(f):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train(Images(6), tmp_path / "f.pt", validate=killed, epochs=2, batch_size=3)
+    assert torch.load(tmp_path / "f.pt", weights_only=True)["step"] == 2         # of epoch 0: its validation is due
+    seen = []
+    go_on = lambda: train(Images(6), tmp_path / "f.pt", validate=lambda f: seen.append(1) or dict(miou=50.0), epochs=2,
+                          batch_size=3)
+    go_on()
+    assert len(seen) == 2 and [v["miou"] for v in log(tmp_path / "f.jsonl") if "miou" in v] == [50, 50]
+    (tmp_path / "f.png").unlink()
+    (tmp_path / "f.jsonl").write_text('{"step": 4, "epoch": 2, "miou": 50.0}\n')
+    pretrain.training_curves(tmp_path / "f.jsonl", tmp_path / "f.png")
+    assert not (tmp_path / "f.png").exists()
+
+
+def test_a_signal_that_was_ignored_before_stays_so(monkeypatch, signals):
+    """nohup ignores SIGHUP, so that the closing of the terminal does not end the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = pretrain.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("optimiser", (None, 5, dict(state={}, param_groups=[])))
@@ -318,6 +390,34 @@ def same(a, b):
 def one_line(done, *parts):
     assert done.code == 1 and done.err.count("\n") == 1 and done.err.startswith("error: "), done.err
     assert all(part in done.err for part in parts), done.err
+
+
+def test_a_whole_run(small, tmp_path):
+    """Its first loss, from initial weights of its seed, on crops of its scale, is L_k in float64; the mIoU that two
+    processes logged, every second epoch and at the end, is scikit-learn's, by the running averages of batch norm."""
+    run_ranks(*PRETRAIN, "--root", small / "toy", "--epochs", 3, "--batch-size", 6, "--seed", 3, "--scale", 0.5, 2,
+              "--bn", "frozen", "--val-every", 2, folder=tmp_path)
+    said = log(tmp_path / "pretrained.jsonl")
+    assert [v["step"] for v in said if "miou" in v] == [2, 3]
+    checkpoint = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    torch.manual_seed(3)
+    first = common.Segmenter(checkpoint["arch"], checkpoint["backbone"], 12, checkpoint["width"]).double().eval()
+    train = pretrain.TrainingScenes("toy", small / "toy", "train", None, (32, 48), (0.5, 2), 3)
+    batch = [train[0, i] for i in range(6)]
+    with torch.no_grad():
+        z = first(torch.stack([item["image"] for item in batch]).double() / 255)
+    Z = torch.stack([item["label"] for item in batch]).long()
+    assert said[0]["loss"] == pytest.approx(float(nn.functional.cross_entropy(z, Z, ignore_index=255)), rel=1e-4)
+
+    f, scenes = common.load_checkpoint(tmp_path / "pretrained.pt")[0], common.Scenes("toy", small / "toy", "val")
+    found = [f.double()(item["image"][None].double() / 255).argmax(1)[0] for item in scenes]
+    Z, p = torch.cat([item["label"].flatten() for item in scenes]), torch.cat([v.flatten() for v in found])
+    known = Z < 12
+    miou = 100 * jaccard_score(Z[known], p[known], labels=Z[known].unique(), average="macro")
+    assert said[-1]["miou"] == pytest.approx(miou, abs=0.05)
+    with torch.no_grad():
+        alone = pretrain.validation(f.float().train(), scenes, torch.device("cpu"))
+    assert alone["miou"] == pytest.approx(miou, abs=0.05)
 
 
 def interrupt(command, folder, out, moments, rng=np.random.default_rng()):

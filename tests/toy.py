@@ -258,6 +258,8 @@ def main():
     p.add_argument("--counts", type=int, nargs=3, default=(480, 40, 60), metavar=("TRAIN", "VAL", "TEST"),
                    help="scenes of each split (default: 480 40 60)")
     args = p.parse_args()
+    if args.seed < 0 or min(args.counts) < 1:
+        p.error("expected a --seed of at least 0, and --counts of at least 1")
     write_toy(args.folder, args.seed, args.counts)
 
 

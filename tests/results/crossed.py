@@ -2,7 +2,8 @@
 
     python tests/results/crossed.py runs/real_camvid/[012]        # folders of experiments.py real, with their sets
 
-    in     pretrained.pt, auxiliary/ and auxiliary_other/ (MGU of another f) of every folder
+    in     pretrained.pt and, of every folder, what is there of auxiliary/, auxiliary_other/ (MGU of another f) and
+           auxiliary_ascent/ (up the gradient)
     out    crossed.json beside this file: rows of dict(trained_on, row, seed, right: share of D_s that f has right on X,
            wrong: share of D_s that f has wrong on what fine-tuning sees, max_softmax: mean of max S over D_s there)
 """
@@ -20,7 +21,7 @@ import finetune
 
 # name of a row of experiments.py: (folder of the set, --images of finetune.py)
 ROWS = {"recipe": ("auxiliary", "aux"), "still": ("auxiliary", "still"), "noise": ("auxiliary", "noise"),
-        "sign": ("auxiliary", "sign"), "other": ("auxiliary_other", "aux")}
+        "sign": ("auxiliary", "sign"), "other": ("auxiliary_other", "aux"), "ascent": ("auxiliary_ascent", "aux")}
 
 
 @torch.no_grad()
@@ -51,6 +52,8 @@ def main():
         f, checkpoint = common.load_checkpoint(folder / "pretrained.pt")
         root, seed = common.data_root(None, checkpoint), checkpoint["settings"]["seed"]
         for name, (aux, images) in ROWS.items():
+            if not (folder / aux).exists():
+                continue
             right, wrong, confidence = sides(f, finetune.AuxiliarySet(folder / aux, root, seed, "flipped", images))
             row = dict(trained_on=checkpoint["data"], row=name, seed=seed, right=round(right, 2), wrong=round(wrong, 2),
                        max_softmax=round(confidence, 4))
