@@ -25,7 +25,7 @@ KINDS = {   # label of the kind: its colour, {row: short label}
         "mix_train": "training images mixed in", "augmented": "X augmented"}),
     "controls": ("tab:red", {
         "clean": "L_k alone", "still": "X unmoved", "noise": "shuffled", "sign": "random signs",
-        "other": "MGU of another f"}),
+        "other": "MGU of another f", "ascent": "up the gradient"}),
     "D_s pasted into training images": ("tab:green", {
         "pasted_kl": "AaFt, cut-outs", "dh_paste": "DenseHybrid, cut-outs", "noisy": "noisy negatives, outlier head",
         "pasted_kl_off": "control: the paste, no D_s",
