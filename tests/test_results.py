@@ -15,11 +15,13 @@ from PIL import Image
 
 import common
 import paste
+import toy
 from runner import NO_FIGURES, REPO, run, run_ok
 
 sys.path.insert(0, str(REPO / "tests" / "results"))
 import choose
 import experiments
+import kinds
 import plot
 import tables
 
@@ -687,6 +689,22 @@ def test_links_lead_somewhere(page):
         path = page.parent / file if file else page
         assert path.exists(), link
         assert not anchor or anchor in anchors(path), link
+
+
+def test_kinds_of_the_toy_s_unknowns(toy_root, tmp_path):
+    """Every anomalous pixel of a scene has a silhouette and a pattern; the table's means and factors."""
+    for n in range(6):
+        ids, maps = kinds.kinds_of(np.random.default_rng([0, 2, n]))
+        assert np.array_equal(ids, toy.toy_scene(np.random.default_rng([0, 2, n]), anomaly=True)[1])
+        for axis, kind in maps.items():
+            assert np.array_equal(kind >= 0, ids == 14) and kind.max() < len(kinds.KINDS[axis])
+    assert toy.toy_anomaly.__module__ == "toy", "put back"
+    rows = [dict(row=row, seed=seed, axis="pattern", kind="plain", pixels=50, aupr=aupr, auroc=auroc)
+            for row, seed, aupr, auroc in (("msp", 0, 10, 70), ("msp", 1, 20, 72), ("recipe", 0, 30, 80),
+                                           ("recipe", 1, 20, 81), ("recipe", 2, 99, 99))]
+    (tmp_path / "kinds.json").write_text(json.dumps(dict(rows=rows)))
+    table = tables.kinds("pattern", tables.load(tmp_path)["kinds"]["rows"])
+    assert "| plain | 50 | 15.00 → 25.00 | × 2.00 (3.00, 1.00) | 71.00 → 80.50 |" in table
 
 
 def test_lines_fit_the_page():

@@ -12,6 +12,7 @@
     <!-- table both main -->…<!-- /table -->               toy beside CamVid, pooled
     <!-- table curves camvid -->…<!-- /table -->           validation mIoU of f by epoch (real.json)
     <!-- table layers camvid -->…<!-- /table -->           what layers.py found (layers.json)
+    <!-- table kinds pattern -->…<!-- /table -->           the toy by kind of unknown (kinds.json)
     <!-- table alarms camvid -->…<!-- /table -->           what alarms.py found (alarms.json)
     <!-- table photographs pooled -->…<!-- /table -->      models on photographs of real unknowns (photographs.json);
                                                            or objects
@@ -71,7 +72,7 @@ def load(folder=HERE):
                         for (n, _), r in test["rows"].items() if n == row_name}
             if len(ran_with) > 1:
                 raise ValueError(f"{name}, {row_name}: the seeds ran with different settings: {ran_with}")
-    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers", "alarms", "crossed")]
+    others = [Path(folder, f"{name}.json") for name in ("photographs", "layers", "alarms", "crossed", "kinds")]
     real = Path(folder, "real.json")
     curves = json.loads(real.read_text()).get("curves", []) if real.exists() else []
     return tests | {path.stem: json.loads(path.read_text()) for path in others if path.exists()} | \
@@ -423,6 +424,21 @@ def layers(data, rows):
         for key, seeds in found.items()])
 
 
+def kinds(axis, rows):
+    """kinds.json: MSP → the recipe by kind of unknown, means over the seeds that have both; the factor by seed."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["axis"] == axis):
+        of = [row for row in rows if (row["axis"], row["kind"]) == (axis, kind)]
+        msp, recipe = ({row["seed"]: row for row in of if row["row"] == name} for name in ("msp", "recipe"))
+        seeds = sorted(msp.keys() & recipe.keys())
+        factors = [recipe[s]["aupr"] / msp[s]["aupr"] for s in seeds]
+        aupr, auroc = (" → ".join(mean([found[s][metric] for s in seeds]) for found in (msp, recipe))
+                       for metric in ("aupr", "auroc"))
+        lines.append([kind, str(of[0]["pixels"]), aupr,
+                      f"× {statistics.mean(factors):.2f} ({', '.join(f'{v:.2f}' for v in factors)})", auroc])
+    return lines_of([axis, "pixels", "AUPR: MSP → the recipe", "factor (by seed)", "AUROC"], lines)
+
+
 def alarms(trained_on, rows):
     """alarms.json: known / anomalous pixels that are flagged, in %, mean ± deviation over the seeds."""
     rows, lines = [row for row in rows if row["trained_on"] == trained_on], []
@@ -443,6 +459,8 @@ def table(tests, words):
         return alarms(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "curves":
         return curves(name, tests[kind]["rows"])
+    if kind == "kinds":
+        return kinds(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "layers":
         return layers(name, tests[kind]["rows"]) if kind in tests else f"{ABSENT}\n"
     if kind == "choice":
