@@ -212,7 +212,9 @@ def test_help_under_ascii(tmp_path):
 @pytest.mark.parametrize("name", ("SIGHUP", "SIGUSR1", "SIGINT"))
 def test_signals_save_and_leave(small, tmp_path, name):
     command = (*TRAIN, "--root", small / "toy", "--epochs", 200)
-    p = start(*command, folder=tmp_path)
+    usual = ("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"     # as they are not below nohup
+             "signal.signal(signal.SIGINT, signal.default_int_handler)")
+    p = start(*command, folder=tmp_path, before=usual)
     assert wait_for(lambda: len(lines(tmp_path / "pretrained.jsonl")) >= 2, p)
     os.kill(p.pid, getattr(signal, name))
     done = finish(p, tmp_path)
