@@ -702,6 +702,7 @@ def load_models(args, device):
             raise common.InputError(f"{path}: its classes are not those of {paths[0]}: {len(checkpoint['classes'])} "
                                     f"and {len(classes)}; expected the same")
     for path, (f, checkpoint) in loaded.items():
+        common.same_everywhere(path, checkpoint["fingerprint"], "the one f")
         f.origin = path, checkpoint                      # where its training images lie, and who it is
     fs = [loaded[path][0].to(device).requires_grad_(False) for path in paths]
     n = len(args.ckpt)
