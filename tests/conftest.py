@@ -21,6 +21,10 @@ LONG = ("test_scripts", "test_training", "test_faults", "test_systems_c", "test_
         "test_open")
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False      # pytest-xdist would put the files with the most tests first
+
+
 def pytest_collection_modifyitems(items):
     """Files that take long come first: of two processes none then waits for the other's last one."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

@@ -15,7 +15,7 @@ from torch import nn
 import common
 import evaluate
 from evaluate import component_counts, component_metrics
-from runner import run, run_ok, run_ranks
+from runner import NO_FIGURES, run, run_ok, run_ranks
 
 TAU = [t / 20 for t in range(5, 16)]
 
@@ -511,10 +511,11 @@ def test_thresholds_of_two_data_sets_in_one_folder(small, tmp_path):
     spec = dict(common.DATASETS["toy"], splits={s: common.STREETHAZARDS["splits"]["test"] for s in ("val", "test")})
     (tmp_path / "mine/dataset.json").write_text(json.dumps(spec))
     command = ("evaluate.py", "--ckpt", small / "pretrained.pt", "--operating-point", 0.8, "--panels", 0)
-    run_ok(*command, "--data", "toy", "folder", "--root", "mine", "mine", "--out", "both", folder=tmp_path)
+    run_ok(*command, "--data", "toy", "folder", "--root", "mine", "mine", "--out", "both", folder=tmp_path,
+           before=NO_FIGURES)
     both = {row["data"]: row["operating_point"] for row in results(tmp_path / "both")["rows"]}
     for data in both:
-        run_ok(*command, "--data", data, "--root", "mine", "--out", data, folder=tmp_path)
+        run_ok(*command, "--data", data, "--root", "mine", "--out", data, folder=tmp_path, before=NO_FIGURES)
         assert both[data] == results(tmp_path / data)["rows"][0]["operating_point"]
     assert both["toy"]["threshold"] != both["folder"]["threshold"]
 
@@ -574,8 +575,9 @@ def test_several_data_sets_for_any_batch_size_and_number_of_ranks(small, tmp_pat
             "--score", "msp", "energy", "--size", 40, 64, "--tta", "--panels", 1)
     done = run_ok("evaluate.py", *args, folder=tmp_path)
     bytes_of = lambda out: (tmp_path / out / "results.json").read_bytes()
-    run_ok("evaluate.py", *args, "--batch-size", 1, "--workers", 2, "--out", "one", folder=tmp_path)
-    run_ranks("evaluate.py", *args, "--batch-size", 3, "--out", "ranks", folder=tmp_path)
+    run_ok("evaluate.py", *args, "--batch-size", 1, "--workers", 2, "--out", "one", folder=tmp_path,
+           before=NO_FIGURES)
+    run_ranks("evaluate.py", *args, "--batch-size", 3, "--out", "ranks", folder=tmp_path, before=NO_FIGURES)
     assert bytes_of("one") == bytes_of("ranks") == bytes_of("results")
     found = results(tmp_path / "results")
     names = [f"{figure}_{d}.png" for figure in ("curves", "panels", "threshold") for d in found["protocol"]]

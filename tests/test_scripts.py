@@ -109,13 +109,14 @@ def is_figure(path, least=10_000):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, small):
-    """The four commands in one folder, with their default file names, in plain Python processes (but for evaluate.py,
-    which torchrun starts in another test); the first one with loader processes, for which Python waits at its end."""
+    """The four commands in one folder, with their default file names; the two trainings in plain Python processes
+    (evaluate.py is started by torchrun in another test), one with loader processes, for which Python waits at its
+    end."""
     folder = tmp_path_factory.mktemp("pipeline")
     said = [python(REPO / "pretrain.py", "--root", small / "toy", "--epochs", 2, "--batch-size", 4, "--crop", 64, 96,
                    "--lr", 1e-3, "--workers", 2, folder=folder)]
     predict_every_class(folder / "pretrained.pt")
-    said.append(python(REPO / "mgu_generate.py", "--per-class", 1, "--step-size", 5, "--max-steps", 3, folder=folder))
+    said.append(run_ok("mgu_generate.py", "--per-class", 1, "--step-size", 5, "--max-steps", 3, folder=folder).out)
     said.append(python(REPO / "finetune.py", "--epochs", 1, "--batch-size", 4, folder=folder))
     said.append(run_ok("evaluate.py", "--baseline", "pretrained.pt", "--score", "msp", "entropy", "maxlogit", "energy",
                        "crf", "--crf-iterations", 1, "--panels", 2, folder=folder).out)

@@ -18,8 +18,9 @@ import common
 import evaluate
 import finetune
 import pretrain
-from runner import run, run_ok, run_ranks
+from runner import run, run_ok, run_ranks, without_figures
 
+run, run_ok, run_ranks = without_figures(run, run_ok, run_ranks)
 CPU = torch.device("cpu")
 
 

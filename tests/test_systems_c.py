@@ -20,8 +20,9 @@ import evaluate
 import finetune
 import mgu_generate
 import pretrain
-from runner import run, run_ok
+from runner import run, run_ok, without_figures
 
+run, run_ok = without_figures(run, run_ok)
 N, Q = 5, 6
 SMALL = "mobilenet_v3_large"
 

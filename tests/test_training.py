@@ -18,8 +18,9 @@ from torch import nn
 
 import common
 import pretrain
-from runner import NO_FIGURES, lines, finish, run, run_ok, run_ranks, start, wait_for
+from runner import NO_FIGURES, lines, finish, run, run_ok, run_ranks, start, wait_for, without_figures
 
+run, run_ok, run_ranks, start = without_figures(run, run_ok, run_ranks, start)
 N = 4
 
 

@@ -118,6 +118,13 @@ def compare(test, name, reference, group):
     return tuple(float(np.exp(np.mean(logs) + d)) for d in (0, -margin, margin))
 
 
+@functools.cache
+def drawn(shape, draws, seed):
+    """How often each of the seeds (draws, shape[0]) and of the images (draws, shape[1]) is in each draw."""
+    rng = np.random.default_rng(seed)
+    return [rng.multinomial(n, np.full(n, 1 / n), draws).astype(np.uint16) for n in shape]
+
+
 def bootstrap(a, b, draws=4000, seed=0):
     """(factor, low, high): mean of a over mean of b, arrays (seeds, images) of the same seeds and images, and the 2.5
     and 97.5 % quantiles of that over draws.
@@ -125,8 +132,7 @@ def bootstrap(a, b, draws=4000, seed=0):
     A draw takes seeds and images with replacement, the same ones for a and b. Every seed sees the same test images, so
     a draw of images holds for all of its seeds."""
     a, b = np.array(a, float), np.array(b, float)
-    rng = np.random.default_rng(seed)
-    seeds, images = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in a.shape)      # how often each is drawn
+    seeds, images = drawn(a.shape, draws, seed)
     ratios = ((seeds @ a) * images).sum(1) / ((seeds @ b) * images).sum(1)
     return float(a.mean() / b.mean()), *(float(q) for q in np.percentile(ratios, (2.5, 97.5)))
 
