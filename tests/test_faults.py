@@ -158,14 +158,16 @@ def narrow(encoding):
     return f"import sys\nfor s in (sys.stdout, sys.stderr): s.reconfigure(encoding='{encoding}', errors='strict')\n"
 
 
-def test_all_four_scripts_under_ascii(small, tmp_path):
-    before = NO_FIGURES + narrow("ascii")
-    run_ok(*TRAIN, "--root", small / "toy", folder=tmp_path, before=before)
+def test_all_four_scripts_under_ascii_and_with_any_seed(small, tmp_path):
+    more = dict(folder=tmp_path, before=NO_FIGURES + narrow("ascii"))
+    seed = "--seed", 10**30
+    run_ok(*TRAIN, "--root", small / "toy", *seed, **more)
     run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 2, "--out", "set",
-           folder=tmp_path, before=before)
-    run_ok("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", "set", "--epochs", 1, "--batch-size", 4,
-           folder=tmp_path, before=before)
-    run_ok("evaluate.py", folder=tmp_path, before=before)
+           *seed, **more)
+    run_ok("finetune.py", "--ckpt", small / "pretrained.pt", "--aux", "set", "--epochs", 1, "--batch-size", 4, *seed,
+           **more)
+    run_ok("evaluate.py", "--ckpt", with_dropout(small, tmp_path / "d.pt"), "--score", "dropout", "msp", *seed,
+           **more)
 
 
 @pytest.mark.parametrize("streams", ("2>&1 | head -1", "closed"))
@@ -242,15 +244,6 @@ def test_a_port_that_another_program_has(small, tmp_path):
         env = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                    MASTER_PORT=str(s.getsockname()[1]))
         one_line(finish(start("evaluate.py", folder=tmp_path, **env), tmp_path, "0"), "cannot join", env["MASTER_PORT"])
-
-
-def test_any_seed(small, tmp_path):
-    for seed in (20251125123, 10**30):
-        run_ok(*TRAIN, "--root", small / "toy", "--seed", seed, "--restart", folder=tmp_path, before=NO_FIGURES)
-    run_ok("mgu_generate.py", "--ckpt", small / "pretrained.pt", "--per-class", 1, "--max-steps", 1, "--out", "set",
-           "--seed", 10**30, folder=tmp_path, before=NO_FIGURES)
-    run_ok("evaluate.py", "--ckpt", with_dropout(small, tmp_path / "d.pt"), "--score", "dropout", "--seed", 10**30,
-           "--panels", 0, folder=tmp_path, before=NO_FIGURES)
 
 
 def test_a_checkpoint_of_an_unknown_data_set(small, tmp_path):
