@@ -134,7 +134,7 @@ def parse():
 
 
 WITHOUT_IMAGES = ("baseline", "data", "root", "split", "unlabeled", "ignore_classes", "per_image", "components", "open",
-                  "operating_point", "panels")   # flags that say something of labels, or of figures beside them
+                  "operating_point", "panels", "size", "tta")   # flags that photographs do not have
 
 
 def checked(p, args):
@@ -144,13 +144,14 @@ def checked(p, args):
     size, folders, sets = args.size or [1], len(args.root or ()), len(args.data or [0])
     useless = [f"--{name.replace('_', '-')}" for name in WITHOUT_IMAGES if getattr(args, name) != p.get_default(name)]
     for wrong, told in (
-            (len(size) > 2 or len(size) == 2 and any(n % 1 for n in size) or len(size) == 1 and size[0] > 16,
-             "--size: expected H W, or a factor of at most 16"),
+            (len(size) > 2 or len(size) == 2 and any(n % 1 or n > 1 << 15 for n in size) or
+             len(size) == 1 and size[0] > 16,
+             "--size: expected H W of at most 32768, or a factor of at most 16"),
+            (max(args.tta or [1]) > 16, "--tta: expected factors of at most 16"),
             (len(args.components or [0, 0]) != 2, "--components: expected no number, or two"),
             ((args.operating_point or 0) >= 1, "--operating-point: expected a share below 1, such as 0.95"),
             (folders not in (0, sets), f"--root: {folders} for {sets} data sets; expected one for each"),
-            (args.images and (len(args.score) > 1 or args.size or args.tta is not None),
-             "--images: goes with one --score, and without --size and --tta"),
+            (args.images and len(args.score) > 1, "--images: goes with one --score"),
             (args.images and useless, f"--images: goes without {', '.join(useless)}"),
             (args.max_side and not args.images, "--max-side: without effect; it is for --images"),
             (sets > 1 and not args.panels[0].isdecimal(), "--panels: expected a number beside several --data")):
@@ -370,17 +371,19 @@ def sort_by_class(scores, positive):
 
 
 def curve_metrics(chunks, P, N):
-    """All METRICS, as they are defined above, from the distinct scores held by at least one positive.
+    """All METRICS, as they are defined above, from the distinct scores held by at least one positive; None when either
+    class is empty: a per-image mean skips and counts such images.
 
-    chunks  iterable of non-empty int64 arrays (pos, above, upto, …), in descending score order, one entry
-            per such score: positives at it, negatives strictly above it, negatives above or at it
-    P, N    total positives and negatives, both > 0, together below 2**32
+    chunks  iterable of non-empty int64 arrays (pos, recalled, above, upto, …), in descending score order, one entry
+            per such score: positives at it, positives above or at it, negatives strictly above it, above or at it
+    P, N    total positives and negatives, together below 2**32
     Other scores need no entry: between two positives recall is constant, so a run of negatives adds to
     neither area, and FPR is only ever read at its ends.
     """
-    tp, ap, pairs, nearest, fpr95, first = 0, 0.0, 0, np.inf, 0, None
-    for pos, above, upto, *_ in chunks:
-        recalled = tp + np.cumsum(pos)
+    if not P or not N:
+        return None
+    ap, pairs, nearest, fpr95, first = 0.0, 0, np.inf, 0, None
+    for pos, recalled, above, upto, *_ in chunks:
         ap += float(np.sum(pos * (recalled / (recalled + upto))))   # Σ precision · Δrecall, times P
         pairs += int(np.sum(pos * (above + upto)))                  # twice the misordered pairs
         reached = recalled / P >= 0.95
@@ -392,7 +395,7 @@ def curve_metrics(chunks, P, N):
         i = len(pos) - 1 - int(np.argmin(distance[::-1]))
         if distance[i] <= nearest:
             nearest, fpr95 = distance[i], int(above[i])
-        tp, fp = int(recalled[-1]), int(upto[-1])
+        fp = int(upto[-1])
     if abs(1 - 0.95) <= nearest:   # ... but for recall 1 the highest threshold that reaches it
         fpr95 = fp
     return dict(aupr=100 * ap / P, auroc=100 - 50 * pairs / (P * N),
@@ -400,28 +403,18 @@ def curve_metrics(chunks, P, N):
 
 
 def image_metrics(pos, neg):
-    """Exact metrics of one image from `sort_by_class`; None when it lacks either class (without
-    negatives FPR and AUROC are undefined too): a per-image mean skips and counts such images."""
-    if not len(pos) or not len(neg):
-        return None
+    """Exact metrics of one image from `sort_by_class`."""
     return curve_metrics(exact_chunks(pos, neg), len(pos), len(neg))
 
 
 def exact_chunks(pos, neg, size=1 << 20):
     """The chunks of `curve_metrics`, and the scores, for ascending scores of the two classes, `size` at a time."""
-    starts = run_starts(pos)
-    counts = np.diff(starts, append=len(pos))
-    for end in range(len(starts), 0, -size):
-        part = slice(max(0, end - size), end)
-        score = pos[starts[part]][::-1]
+    scores, counts = np.unique(pos, return_counts=True)
+    for end in range(len(scores), 0, -size):
+        score, count = (v[max(0, end - size):end][::-1] for v in (scores, counts))
         above = len(neg) - np.searchsorted(neg, score, "right")
-        upto = len(neg) - np.searchsorted(neg, score, "left")
-        yield counts[part][::-1], above, upto, score
-
-
-def run_starts(ordered):
-    """Index of the first element of every run of equal values."""
-    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:len(ordered)])
+        recalled, upto = (len(part) - np.searchsorted(part, score, "left") for part in (pos, neg))
+        yield count, recalled, above, upto, score
 
 
 # The bins of ScoreHistogram. The bits of a float32, with its sign handled, are an integer of the same order: 1 bit of
@@ -495,9 +488,8 @@ class ScoreHistogram:
     def fill(self, *parts):
         for row, scores in zip(self.table, parts):
             for piece in np.array_split(scores, 1 + (len(scores) >> 20)):
-                bins = bin_numbers(piece)                       # ascending, so equal ones follow each other
-                starts = run_starts(bins)
-                row[bins[starts]] += np.diff(starts, append=len(bins)).astype(np.uint32)
+                bins, counts = np.unique(bin_numbers(piece), return_counts=True)
+                row[bins] += counts.astype(np.uint32)
 
     def sorted_scores(self):
         """Ascending (pos, neg) of all that is kept."""
@@ -535,29 +527,27 @@ class ScoreHistogram:
         if self.table is None:
             yield from exact_chunks(*self.sorted_scores()[rows])
             return
-        fp = 0
+        flagged = np.zeros((2, 1), np.int64)
         for end in range(BINS, 0, -1 << 16):
-            pos, neg = self.table[rows, max(0, end - (1 << 16)):end][:, ::-1]
-            upto, hit = fp + np.cumsum(neg, dtype=np.int64), np.flatnonzero(pos)
+            pos, neg = part = self.table[rows, max(0, end - (1 << 16)):end][:, ::-1].astype(np.int64)
+            recalled, upto = flagged = flagged[:, -1:] + part.cumsum(1)
+            hit = np.flatnonzero(pos)
             if len(hit):
-                yield pos[hit].astype(np.int64), upto[hit] - neg[hit], upto[hit], bin_floors(end - 1 - hit)
-            fp = int(upto[-1])
+                yield pos[hit], recalled[hit], upto[hit] - neg[hit], upto[hit], bin_floors(end - 1 - hit)
 
     def metrics(self):
-        """`curve_metrics` of all that was counted; None when either class is empty."""
-        P, N = self.total.tolist()
-        return curve_metrics(self.chunks(), P, N) if P and N else None
+        """`curve_metrics` of all that was counted."""
+        return curve_metrics(self.chunks(), *self.total.tolist())
 
     def curve(self, points=1000):
         """(recall, precision, FPR), each float64 of at most about `points`, along falling thresholds."""
         P, N = self.total.tolist()
-        tp, drawn, curve = 0, 0, [(0.0, 1.0, 0.0)]
-        for pos, _, upto, _ in self.chunks():
-            recalled = tp + np.cumsum(pos)
+        drawn, curve = 0, [(0.0, 1.0, 0.0)]
+        for _, recalled, _, upto, _ in self.chunks():
             steps = recalled * points // P
             for i in np.flatnonzero(np.diff(steps, prepend=drawn)):    # whenever recall passes a step
                 curve.append((recalled[i] / P, recalled[i] / (recalled[i] + upto[i]), upto[i] / N))
-            tp, drawn = int(recalled[-1]), int(steps[-1])
+            drawn = int(steps[-1])
         return np.array([*curve, (1.0, P / (P + N), 1.0)]).T
 
     def rates(self, t):
@@ -575,25 +565,20 @@ class ScoreHistogram:
 def share_threshold(histogram, share, swapped=False):
     """The highest t that flags at least `share` (in (0, 1]) of the positives (swapped: negatives); None without any.
     Of the share 0.95 of the positives it is the threshold of fpr95_first."""
-    count, total = 0, int(histogram.total[int(swapped)])
-    for here, _, _, score in histogram.chunks(swapped):
-        flagged = count + np.cumsum(here)
-        reached = flagged / total >= share
+    for _, flagged, _, _, score in histogram.chunks(swapped):
+        reached = flagged / histogram.total[int(swapped)] >= share
         if reached[-1]:
             return float(score[np.argmax(reached)])
-        count = int(flagged[-1])
     return None
 
 
 def f1_threshold(histogram):
     """The highest t with the largest F1 = 2 TP / (2 TP + FP + FN) of pixels; None without a positive."""
-    tp, P, best, t = 0, int(histogram.total[0]), 0.0, None
-    for pos, _, upto, score in histogram.chunks():
-        recalled = tp + np.cumsum(pos)
-        f1 = 2 * recalled / (recalled + upto + P)   # TP + FN = P
+    best, t = 0.0, None
+    for _, recalled, _, upto, score in histogram.chunks():
+        f1 = 2 * recalled / (recalled + upto + histogram.total[0])   # TP + FN = P
         if f1.max() > best:
             best, t = f1.max(), float(score[np.argmax(f1)])
-        tp = int(recalled[-1])
     return t
 
 
@@ -704,6 +689,8 @@ def load_models(args, device):
     for path, (f, checkpoint) in loaded.items():
         common.same_everywhere(path, checkpoint["fingerprint"], "the one f")
         f.origin = path, checkpoint                      # where its training images lie, and who it is
+    for path in filter(None, (args.student, args.generator)):
+        common.same_everywhere(path, common.fingerprint(path) if os.path.exists(path) else None, "the one made for f")
     fs = [loaded[path][0].to(device).requires_grad_(False) for path in paths]
     n = len(args.ckpt)
     for path, name in zip(args.baseline, names[n:]):
@@ -712,6 +699,9 @@ def load_models(args, device):
     models = {"+".join(names[:n]): fs[:n], **{name: [f] for name, f in zip(names[n:], fs[n:])}}
     if args.tradi:
         models[next(iter(models))] = [f for p in args.ckpt for f in tradi_samples(p, loaded[p][1], args, device)]
+    for _, checkpoint in loaded.values():
+        for key in ("model", "optimiser", "tradi"):      # f has the weights; the rest is to resume training
+            checkpoint.pop(key, None)
     return models, {path: checkpoint for path, (_, checkpoint) in loaded.items()}
 
 
@@ -853,15 +843,6 @@ def environment(device):
 
 # ─────────────────────────────────────────────── evaluation ───────────────────────────────────────────────
 
-def gather_first(make):
-    """[make() of every rank] on rank 0; [make()] elsewhere."""
-    if not torch.distributed.is_initialized():
-        return [make()]
-    values = [None] * common.world() if common.rank() == 0 else None
-    torch.distributed.gather_object(make(), values)
-    return values or [None]
-
-
 class Tally:
     """What one model accumulates over the images of this rank."""
 
@@ -894,13 +875,16 @@ class Tally:
     def merge_ranks(self):
         """Gather the tally of all ranks on rank 0: counts are integers, so no number depends on how it was split."""
         common.all_sum(self.confusion)
-        self.top_counts = common.all_sum(torch.from_numpy(self.top_counts)).numpy()
+        common.all_sum(torch.from_numpy(self.top_counts))      # in place
         self.images = {k: v for part in common.gather(self.images) for k, v in part.items()}
         for histogram in [*self.histograms.values(), *(h for pair in self.of_fold.values() for h in pair)]:
             pixels = common.all_sum(torch.tensor(histogram.total.sum()))
             histogram.make_room(int(pixels))             # the bins of many scores are fewer than these
-            for state in gather_first(histogram.state)[1:]:
-                histogram.merge(state)
+            if torch.distributed.is_initialized():
+                states = [None] * common.world() if common.rank() == 0 else None
+                torch.distributed.gather_object(histogram.state(), states)
+                for state in (states or ())[1:]:
+                    histogram.merge(state)
 
 
 class Marked:
@@ -961,11 +945,8 @@ def evaluate(models, scores, scenes, ignore, args, device, tallies=None):
     threads = args.workers or (8 if device.type == "cuda" else 1)
     share = range(common.rank(), len(scenes), common.world())   # every image once, whatever the number of ranks
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as accountant:
-        loading, waiting = deque(), deque()
-        for n in common.progress(range(len(share)), "evaluating", unit="image"):
-            while len(loading) < args.batch_size and n + len(loading) < len(share):
-                loading.append(readers.submit(scenes.__getitem__, share[n + len(loading)]))
-            item = loading.popleft().result()
+        waiting, items = deque(), common.ahead(readers, scenes.__getitem__, share, args.batch_size - 1)
+        for item in common.progress(items, "evaluating", unit="image", total=len(share)):
             X = common.to_input(item["image"][None], device)    # one image: no number depends on its neighbours
             for label, fs in models.items():
                 begun = time.perf_counter()
@@ -987,12 +968,11 @@ def calibrate(models, scores, scenes, checkpoints, args, device):
     On rank 0."""
     common.say(f"thresholds from the {len(scenes)} validation images of {scenes.root}")
     tallies = evaluate(models, scores, scenes, ignored_labels(args, scenes, checkpoints)[0], args, device)[0]
-    pick = lambda h, share: share_threshold(h, share) if h.total[0] else \
-        share_threshold(h, round(1 - share, 9), swapped=True)
     anomalous = any(h.total[0] for tally in tallies.values() for h in tally.histograms.values())
     told = dict(images=scenes.identity(), share=args.operating_point or 0.95,
                 of="anomalous pixels found" if anomalous else "pixels not flagged")
-    return {share: {label: {s: pick(h, share) for s, h in tally.histograms.items()} for label, tally in tallies.items()}
+    return {share: {label: {s: share_threshold(h, share if anomalous else round(1 - share, 9), swapped=not anomalous)
+                            for s, h in tally.histograms.items()} for label, tally in tallies.items()}
             for share in {args.operating_point or 0.95, 0.95}}, told
 
 
@@ -1078,7 +1058,8 @@ def table_rows(tallies, marked, calibrated, order, classes, args):
             if args.operating_point:
                 t = calibrated[args.operating_point][label][score]
                 row["operating_point"] = dict(threshold=t, delta=delta(score, t, args.views),
-                                              **(tally.histograms[score].rates(t) if t is not None else {}))
+                                              **(dict(recall=None, fpr=None) if t is None else
+                                                 tally.histograms[score].rates(t)))
             rows.append(row)
     return rows
 
@@ -1191,12 +1172,13 @@ def own_file(path):
 
 def remove_earlier(out, evaluation):
     """A folder holds one run: remove an earlier one's overlays and, for an evaluation, its results."""
-    names = sorted(p.name for p in out.iterdir() if p.is_file() and p.name.endswith(PHOTOGRAPH) and own_file(p))
-    if evaluation:
-        names += [n for n in ("results.json", *(f"{figure}.png" for figure in FIGURES)) if (out / n).is_file()]
-        names += sorted(p.name for figure in FIGURES for p in out.glob(f"{figure}_*.png") if own_picture(p))
-    for name in names:
-        (out / name).unlink()
+    earlier = [p for p in out.iterdir() if p.is_file() and p.name.endswith(PHOTOGRAPH) and own_file(p)]
+    if evaluation:                                       # of a link the target, which common.replacing() writes
+        names = "results.json", *(f"{figure}.png" for figure in FIGURES)
+        earlier += [(out / name).resolve() for name in names if (out / name).is_file()]
+        earlier += [p.resolve() for figure in FIGURES for p in out.glob(f"{figure}_*.png") if own_picture(p)]
+    for path in earlier:
+        path.unlink(missing_ok=True)                     # a photograph panels_1.jpg has an overlay called like a figure
 
 
 # ──────────────────────────────────────────────── figures ────────────────────────────────────────────────
@@ -1205,6 +1187,7 @@ def pyplot():
     """matplotlib.pyplot, imported where it is needed and without a display."""
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False   # a checkpoint may be called a$^$.pt
     import matplotlib.pyplot as plt
     return plt
 
@@ -1227,17 +1210,16 @@ def class_colours(N):
     return colours
 
 
+@torch.inference_mode()
 def panel_maps(models, scores, scenes, chosen, name, args, device):
     """{(index, label): the anomaly map (H, W)} and the ends of one colour scale for all of them.
 
     Scores that are log(1 − max S) are drawn as 1 − max S, in [0, 1 − 1/N]; others between percentiles 1 and 99."""
     maps = {}
-    with torch.inference_mode():
-        for i in chosen:
-            X = common.to_input(scenes[i]["image"][None], device)
-            for label, fs in models.items():
-                found, _ = over_views(X, args.views, lambda X: anomaly_scores(fs, X, i, {name: scores[label][name]}))
-                maps[i, label] = found[name][0].cpu().numpy()
+    for i in chosen:
+        X = common.to_input(scenes[i]["image"][None], device)
+        for label, fs in models.items():
+            maps[i, label] = image_maps(fs, X, i, {name: scores[label][name]}, args.views)[0]
     if name in LOG_1_MINUS_MAX_S:
         N = next(iter(models.values()))[0].num_classes
         return {k: np.exp(v) for k, v in maps.items()}, 0, 1 - 1 / N
@@ -1279,9 +1261,9 @@ def draw_threshold(top_counts, path):
         below = counts.cumsum(1)                                     # pixels with max S ≤ δ: flagged (Eq. 2)
         right, known, anomalous = counts.sum(1)
         if known:
-            ax.plot(delta, 100 * (right - below[0]) / known, color=f"C{k}", label=f"{label}: semantic accuracy")
+            ax.plot(delta, 100 * (right - below[0]) / known, color=f"C{k}", label=f"semantic accuracy: {label}")
         if anomalous:
-            ax.plot(delta, 100 * below[2] / anomalous, color=f"C{k}", ls="--", label=f"{label}: anomaly accuracy")
+            ax.plot(delta, 100 * below[2] / anomalous, color=f"C{k}", ls="--", label=f"anomaly accuracy: {label}")
     ax.set(xlabel="threshold δ (Eq. 2)", ylabel="accuracy (%)", xlim=(0, 1), ylim=(0, 100))
     ax.grid(alpha=0.3)
     if ax.lines:
@@ -1302,8 +1284,8 @@ def draw_curves(rows, curves, path):
         style = dict(color=f"C{s}", ls=("-", "--", ":", "-.")[m % 4]) if len(scores) > 1 else dict(color=f"C{m}")
         label = f"{row['model']}, {row['score']}"
         highest = max(highest, precision[recall > 0.02].max())   # the first few pixels may have any precision
-        pr.plot(recall, precision, **style, label=f"{label}: AUPR {row['pooled']['aupr']:.1f}")
-        roc.plot(fpr, recall, **style, label=f"{label}: AUROC {row['pooled']['auroc']:.1f}")
+        pr.plot(recall, precision, **style, label=f"AUPR {row['pooled']['aupr']:.1f}: {label}")
+        roc.plot(fpr, recall, **style, label=f"AUROC {row['pooled']['auroc']:.1f}: {label}")
     pr.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, min(1, 1.2 * highest)))
     roc.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1))
     roc.axhline(0.95, color="grey", lw=0.6, ls=":")
@@ -1331,22 +1313,20 @@ def find_photographs(paths):
                 found[file] = "_".join(Path(file).relative_to(given).with_suffix("").parts)
     if not found:
         raise common.InputError(f"{', '.join(paths)}: no photographs; expected image files")
-    photographs, unread, first = {}, {}, {}
+    first, unread = {}, {}
     for file, name in found.items():
         try:
-            with Image.open(file):
-                pass
+            Image.open(file).close()
+        except FileNotFoundError:
+            unread[file] = f"{file}: no such file"
         except Exception as e:   # whatever a damaged file makes Pillow raise
-            missing = isinstance(e, FileNotFoundError)
-            unread[file] = f"{file}: " + ("no such file" if missing else
-                                          f"cannot be read as an image: {e or type(e).__name__}")
-            continue
-        if name in first:
-            raise common.InputError(f"{first[name]} and {file}: two photographs whose results would have one name, "
-                                    f"{name}; expected different names")
-        first[name] = file
-        photographs[file] = name
-    return photographs, unread
+            unread[file] = f"{file}: cannot be read as an image: {str(e) or type(e).__name__}"
+        else:
+            if name in first:
+                raise common.InputError(f"{first[name]} and {file}: two photographs whose results would have one name, "
+                                        f"{name}; expected different names")
+            first[name] = file
+    return {file: name for name, file in first.items()}, unread
 
 
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
@@ -1605,8 +1585,7 @@ def labelled_anomalies(place, checkpoint, root):
     """Yields (image uint8 (3, H, W), label (H, W), anomalous (H, W) bool) of a folder of mgu_generate.py, where D_s is
     the anomaly, or of a split of the checkpoint's data, in the folder `root` if it is given."""
     if place in common.SPLITS:
-        scenes = own_split(checkpoint, root, place)
-        for item in (scenes[i] for i in range(len(scenes))):
+        for item in own_split(checkpoint, root, place):
             yield item["image"], item["label"], item["label"] == common.ANOMALY
     else:
         manifest = common.load_manifest(place, "--queries-from; or one of train, val, test")
@@ -1666,6 +1645,17 @@ def make_mask_score(name, fs, args, device):
                                                for pm, q in zip(each(X, seen), queries)]).mean(0)
 
 
+def companion(path, stage, fs, device):
+    """The network of finetune.py --distill or --synthesis. InputError where it was made for another checkpoint than
+    one of fs."""
+    net, checkpoint = common.load_checkpoint(path, companion=stage)
+    for of, own in (f.origin for f in fs):
+        if checkpoint["companion_of"] != own["fingerprint"]:
+            raise common.InputError(f"{path}: made for another checkpoint ({checkpoint['companion_of']}) than {of} "
+                                    f"({own['fingerprint']}); run finetune.py --{stage} --ckpt {of}")
+    return net.to(device).requires_grad_(False)
+
+
 def score_synthcp(log_S, a, b, threshold=0.999):
     """SynthCP's comparison (Xia et al., ECCV 2020; public code): 1 − max S where max S exceeds the threshold, elsewhere
     1 − cos of f's features of the image and of its synthesis. log_S (B, N, H, W); a, b (B, C, h, w) → (B, H, W) in
@@ -1678,14 +1668,8 @@ def score_synthcp(log_S, a, b, threshold=0.999):
 def make_synthcp(name, fs, args, device):
     """score(X, seen, index) of --score synthcp: x̂ = G(arg max f(X)), compared with X in the activated embedding.
 
-    InputError for a generator that was made for another checkpoint.
     ASSUMPTION: the embedding, where the public code has PSPNet's pooled maps, at one scale in place of five."""
-    G, generator = common.load_checkpoint(args.generator, companion="synthesis")
-    for path in (*args.ckpt, *args.baseline):
-        if common.fingerprint(path) != generator["companion_of"]:
-            raise common.InputError(f"{args.generator}: made for another checkpoint ({generator['companion_of']}) than "
-                                    f"{path} ({common.fingerprint(path)}); run finetune.py --synthesis --ckpt {path}")
-    f, G = fs[0], G.to(device).requires_grad_(False)
+    f, G = fs[0], companion(args.generator, "synthesis", fs, device)
 
     def score(X, seen, index):
         image = G(common.one_hot(seen["logits"].argmax(1), f.num_classes))
@@ -1761,10 +1745,11 @@ def knn_references(f, train_root, images, vectors, k, chunk, seed, device, layer
             energy = score_energy(seen["logits"])
             low, high = min(low, float(energy.min())), max(high, float(energy.max()))
     references = torch.cat(kept).contiguous()
-    if len(references) <= k:
-        raise common.InputError(f"{len(references)} labelled vectors in {len(chosen)} images of {scenes.root}: too few "
-                                f"for {k} neighbours; expected more --knn-images and --knn-vectors")
     some = references[torch.from_numpy(np.random.default_rng(seed).permutation(len(references))[:30_000]).to(device)]
+    if len(some) <= k:
+        raise common.InputError(f"{len(references)} labelled vectors in {len(chosen)} images of {scenes.root}: too few "
+                                f"for {k} neighbours; expected more --knn-images and --knn-vectors, or a --knn-k below "
+                                "30000")
     farthest = float(knn_distance(some, some, k, chunk, skip=1).max())                           # itself left out
     return dict(vectors=references, energy=(low, high), farthest=farthest)
 
@@ -1804,23 +1789,12 @@ def make_knn(name, fs, args, device):
 
 def make_dicnet(name, fs, args, device):
     """DiCNet (Zhou et al., "Anomaly discovery in semantic segmentation via distillation comparison networks", 2021):
-    mean_c (T − S)² of the teacher's embedding T and the student's S. Raises InputError for a student of another f."""
-    student, checkpoint = common.load_checkpoint(args.student, companion="distill")
-    for f in fs:
-        path, _ = f.origin
-        if checkpoint["companion_of"] != common.fingerprint(path):
-            raise common.InputError(f"{args.student}: a student of another teacher ({checkpoint['companion_of']}) than "
-                                    f"{path} ({common.fingerprint(path)}); expected one of finetune.py --distill "
-                                    f"--ckpt {path}")
-    student = student.to(device).requires_grad_(False)
+    mean_c (T − S)² of the teacher's embedding T and the student's S."""
+    student = companion(args.student, "distill", fs, device)
 
     def dicnet(X, seen, index):
-        S = student.embed(X).float()
-        maps = []
-        for outputs in seen["each"]:
-            T = outputs["embedding"].float()
-            maps.append(((T - common.upsample(S, T.shape[-2:]))**2).mean(1))                     # (B, h, w)
-        return full_size(maps, X)
+        S, each = student.embed(X), [outputs["embedding"] for outputs in seen["each"]]
+        return full_size([((T - common.upsample(S, T.shape[-2:]))**2).mean(1) for T in each], X)
     return dicnet
 
 
@@ -1947,8 +1921,7 @@ def main():
 
     with common.locked(out / "results.json"):
         # Numbers; printed before anything is written
-        with torch.no_grad():
-            scores = {label: prepare_scores(fs, args.score, args, device) for label, fs in models.items()}
+        scores = {label: prepare_scores(fs, args.score, args, device) for label, fs in models.items()}
         tables, thresholds = {}, {}
         for name, scenes in opened.items():
             if name in validation:

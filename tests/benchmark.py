@@ -1055,7 +1055,7 @@ def bench_scores(args, device):
     of_score = dict(cosine=cosine, outlier=outlier, outlier_msp=outlier, hybrid=outlier, maskomaly=masks)
     companions = dict(distill=student, synthesis=to(common.Synthesizer(backbone, 12, 8 if args.small else 64)))
     for net in (f, cosine):
-        net.origin = "f.pt", {}
+        net.origin = "f.pt", dict(fingerprint="f")
     X = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     options = argparse.Namespace(passes=10, crf_iterations=10, seed=0, knn_k=3, knn_images=500, knn_vectors=vectors,
                                  knn_chunk=1024, knn_layer="embedding", train_root=None, student="student.pt",

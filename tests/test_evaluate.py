@@ -284,7 +284,7 @@ def toy(small, tmp_path):
 
 def test_a_results_folder_holds_one_run(small, tmp_path):
     picture(tmp_path / "p/a.jpg")
-    picture(tmp_path / "p/b.jpg")
+    picture(tmp_path / "p/panels_1.jpg")          # whose overlays are called like a figure of several data sets
     out = tmp_path / "results"
     tried(small, "--panels", 1, folder=tmp_path, figures=True)
     evaluated = ["curves.png", "panels.png", "results.json", "threshold.png"]
@@ -294,13 +294,15 @@ def test_a_results_folder_holds_one_run(small, tmp_path):
     np.save(out / "mine_score.npy", np.zeros(3))
     mine = ["mine_anomaly.png", "mine_score.npy", "notes.txt"]
     tried(small, "--images", "p", folder=tmp_path)
-    overlays = [f"{n}_{kind}" for n in "ab" for kind in ("anomaly.png", "classes.png", "score.npy")]
+    overlays = [f"{n}_{kind}" for n in ("a", "panels_1") for kind in ("anomaly.png", "classes.png", "score.npy")]
     assert files(out) == sorted(evaluated + mine + overlays), "photographs leave an evaluation alone"
-    tried(small, "--images", "p/b.jpg", folder=tmp_path)
+    tried(small, "--images", "p/panels_1.jpg", folder=tmp_path)
     assert files(out) == sorted(evaluated + mine + overlays[3:]), "but not those of the run before"
+    (out / "results.json").rename(tmp_path / "kept.json")
+    (out / "results.json").symlink_to("../kept.json")
     tried(small, "--split", "val", "--panels", 0, folder=tmp_path)
     assert files(out) == sorted(["results.json", "threshold.png", *mine]), "no anomaly, no curves"
-    assert results(out)["protocol"]["split"] == "val"
+    assert (out / "results.json").is_symlink() and results(out)["protocol"]["split"] == "val", "a link leads on"
 
 
 def test_its_own_overlays_are_no_photographs(small, tmp_path):
@@ -542,6 +544,14 @@ def test_checkpoints_of_one_name(small, tmp_path):
     assert found["rows"][0]["pooled"] == found["rows"][1]["pooled"], "one file, two names"
     done = tried(small, "--ckpt", "run0/ft.pt", "./run0/ft.pt", folder=tmp_path, ok=False)
     one_error(done, "the same file as run0/ft.pt")
+
+
+def test_names_that_matplotlib_would_read(small, tmp_path):
+    """As TeX, or as that of a line which the legend leaves out."""
+    for name in ("a$^$.pt", "_x.pt"):
+        shutil.copy(small / "pretrained.pt", tmp_path / name)
+    tried(small, "--ckpt", "_x.pt", "--baseline", "a$^$.pt", "--panels", 1, folder=tmp_path, figures=True)
+    assert [r["model"] for r in results(tmp_path / "results")["rows"]] == ["_x", "a$^$"]
 
 
 def test_numbers_of_every_image(small, tmp_path):

@@ -321,7 +321,8 @@ def test_as_many_pixels_as_32_bits_count():
     state["header"][2] = many + 1
     merged = ScoreHistogram(0)
     merged.merge(state)
-    assert merged.metrics() == curve_metrics([(np.array([1]), np.array([0]), np.array([many]))], 1, many + 1)
+    assert merged.metrics() == curve_metrics([(np.array([1]), np.array([1]), np.array([0]), np.array([many]))], 1,
+                                             many + 1)
     assert merged.metrics()["auroc"] == pytest.approx(50, abs=1e-6)
     with pytest.raises(InputError, match=r"6000000004 pixels: .* count to 4294967295"):
         merged.merge(state)

@@ -618,3 +618,10 @@ def test_nothing_to_count(small, tmp_path):
     row = results(tmp_path / "results")["rows"][0]
     assert row["objects"] == dict(siou=None, ppv=None, f1=None, objects=0, predictions=0, threshold=None)
     assert row["pooled"] is None and row["operating_point"]["recall"] is None and "no anomalous pixel" in done.out
+    shutil.copytree(small / "toy", tmp_path / "bad")                  # no threshold, in the first row of the table
+    for path in (tmp_path / "bad/train/annotations/validation").rglob("*.png"):
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 4)).save(path)
+    done = run_ok("evaluate.py", "--ckpt", small / "pretrained.pt", "--data", "toy", "toy", "--root", "bad",
+                  small / "toy", "--operating-point", 0.9, "--unlabeled", "other", folder=tmp_path, before=NO_FIGURES)
+    points = [row["operating_point"] for row in results(tmp_path / "results")["rows"]]
+    assert [p["threshold"] is None for p in points] == [True, False] and points[0].keys() == points[1].keys()

@@ -408,7 +408,8 @@ def test_values_out_of_range(tmp_path):
                            ("pretrain.py", "--crop", "64"), ("pretrain.py", "--scale", "2", "0.5"),
                            ("evaluate.py", "--score", "magic"),
                            ("evaluate.py", "--images", "a.jpg", "--score", "msp", "entropy"),
-                           ("evaluate.py", "--images", "a.jpg", "--tta")):
+                           ("evaluate.py", "--images", "a.jpg", "--tta"),
+                           ("evaluate.py", "--size", "1e9", "1e9"), ("evaluate.py", "--tta", "1e308")):
         done = run(script, *wrong, folder=tmp_path)
         assert done.code == 2 and wrong[0] in done.err and "Traceback" not in done.err, done.err
 

@@ -417,8 +417,17 @@ def test_distillation_script(small):
     other = torch.load(small / "pretrained.pt", weights_only=True)
     torch.save(dict(other, epoch=1), small / "other.pt")
     done = run("evaluate.py", "--ckpt", "other.pt", *score, folder=small)
-    assert done.code == 1 and "a student of another teacher" in done.err and done.err.count("\n") == 1, done.err
+    assert done.code == 1 and "made for another checkpoint" in done.err and done.err.count("\n") == 1, done.err
     assert run("evaluate.py", "--ckpt", "pretrained.pt", "--score", "dicnet", folder=small).code == 2
+
+    machines = [small / "machine0", small / "machine1"]
+    for k, folder in enumerate(machines):
+        folder.mkdir()
+        shutil.copy(small / "pretrained.pt", folder)
+        torch.save(dict(torch.load(small / "student.pt", weights_only=True), step=k), folder / "student.pt")
+    run_ranks("evaluate.py", "--ckpt", "pretrained.pt", *score, folder=None, folders=machines, code=1)
+    for k, folder in enumerate(machines):
+        assert "student.pt: not the same file on every machine" in (folder / f"stderr{k}").read_text()
 
 
 def test_the_teacher_stays_as_it_is(small, tmp_path, monkeypatch):

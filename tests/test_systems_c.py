@@ -719,8 +719,11 @@ def test_what_a_score_needs_is_refused_in_one_line(masks, small, monkeypatch, na
     common.save_json("foreign/manifest.json", dict(common.load_json("auxiliary/manifest.json"), classes=["a", "b"]))
     args = dict(ckpt=["m2f.pt"], baseline=[], generator="generator.pt", split="test", queries_from=None, ground=None,
                 refine=None, data=None, train_root=None)
+    of = changed.get("baseline", ["m2f.pt"])[0]
+    f, checkpoint = common.load_checkpoint(of)
+    f.origin = of, checkpoint
     with pytest.raises(common.InputError, match=told):
-        evaluate.prepare_scores([common.load_checkpoint("m2f.pt")[0]], [name],
+        evaluate.prepare_scores([f], [name],
                                 argparse.Namespace(**{**args, **changed}), torch.device("cpu"))
 
 
