@@ -252,7 +252,8 @@ class Bilinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         def matrix(n, N):   # (N, n): what interpolation makes of the n unit vectors
-            return F.interpolate(torch.eye(n).to(g)[None], N, mode="linear", align_corners=False)[0].T
+            eye = torch.eye(n, dtype=g.dtype, device=g.device)
+            return F.interpolate(eye[None], N, mode="linear", align_corners=False)[0].T
         A, B = (matrix(n, N) for n, N in zip(ctx.small, ctx.size))
         return A.T @ (g @ B), None
 
@@ -422,7 +423,7 @@ def loss_k(log_S, Z):
 
 def loss_mgu(log_S, P, y):
     """L_mgu of each image, (B,); 0 for an empty P_ỹ. log_S (B, N, H, W), P (B, H, W) bool, y (B,) int64."""
-    S_y = log_S.exp().gather(1, y.view(-1, 1, 1, 1).expand(-1, 1, *P.shape[1:])).squeeze(1)   # (B, H, W)
+    S_y = log_S[torch.arange(len(y), device=y.device), y].exp()                              # (B, H, W)
     # Eq. 3: 1/|P_ỹ| · Σ_{(h,w) ∈ P_ỹ} S_ỹ(X'_{h,w})
     return torch.where(P, S_y, 0).sum((1, 2)) / P.sum((1, 2)).clamp(min=1)
 
@@ -1273,8 +1274,7 @@ def model_facts(f):
     return facts
 
 
-OLD_FACTS = dict(width=256, classifier="linear", outlier=False, flow=False, attention="masked", queries=100,
-                 decoder_layers=9)
+FACTS = dict(width=int, classifier=str, outlier=bool, flow=bool, attention=str, queries=int, decoder_layers=int)
 
 
 def build(checkpoint):
@@ -1282,7 +1282,7 @@ def build(checkpoint):
     if checkpoint["arch"] == Synthesizer.arch:
         return Synthesizer(checkpoint["backbone"], len(checkpoint["classes"]), checkpoint["width"])
     f = Segmenter(checkpoint["arch"], checkpoint["backbone"], len(checkpoint["classes"]),
-                  **{k: checkpoint.get(k, value) for k, value in OLD_FACTS.items()})
+                  **{k: checkpoint[k] for k in FACTS if k in checkpoint})
     return bare(f) if checkpoint.get("stage") == "distill" else f
 
 
@@ -1306,8 +1306,7 @@ def load_checkpoint(path, companion=None):
     if companion not in (None, "any", stage):
         raise InputError(f"{path}: a checkpoint of {stage}; expected one of finetune.py --{companion}")
     kinds = dict(model=dict, arch=str, backbone=str, classes=list, data=str, root=str, anomaly=(list, type(None)),
-                 settings=dict, epoch=int, step=int, pretrained=dict, known_unknown=(list, type(None)),
-                 **{k: type(v) for k, v in OLD_FACTS.items()})
+                 settings=dict, epoch=int, step=int, pretrained=dict, known_unknown=(list, type(None)), **FACTS)
     for key, kind in kinds.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             raise InputError(f"{path}: not {expected}: its {key} is of type {type(checkpoint[key]).__name__}")

@@ -189,10 +189,7 @@ def auxiliary_data(args, checkpoint, root):
     identity = dict(aux=common.fingerprint(path), train=None)
     if args.mix == "train":
         # ASSUMPTION: pretraining's augmentation in a window as large as the auxiliary images, so that they stack
-        size, scale = first["label"].shape, pretrain.pretrained_with(checkpoint)["scale"]
-        with common.first_rank_first():
-            data.train = common.same_classes(pretrain.TrainingScenes(
-                checkpoint["data"], root, "train", checkpoint["anomaly"], size, scale, args.seed), checkpoint)
+        data.train = pretrain.training_scenes(args, checkpoint, root, first["label"].shape)
         identity["train"] = data.train.identity()
         if data.manifest["settings"].get("dataset", identity["train"]) != identity["train"]:
             raise common.InputError(f"{root}: not the dataset that {path} was made from; say where it is with --root")
@@ -431,8 +428,7 @@ def read_patch(path, mask_path):
     if mask.shape != image.shape[:2] or not mask.any():
         raise common.InputError(f"{mask_path or path}: its mask is empty or of another size than its image; expected "
                                 "one that cuts something out")
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    box, = ndimage.find_objects(mask.astype(int))
     return image[box], mask[box]
 
 
@@ -666,11 +662,6 @@ def distillation(teacher, net, part, counts):
     return ((S - T)**2).mean((1, 2, 3)).sum() / counts[0]
 
 
-def count_images(batch, run):
-    """[|D_k|, |D_s|, images] of this rank's share."""
-    return [*pretrain.count_pixels(batch, run), len(batch["label"])]
-
-
 def perceived(f, X):
     """What f makes of images: the backbone's maps, and the embedding."""
     maps = f.maps(X)
@@ -719,7 +710,8 @@ def synthesize(args, f, checkpoint, root, device):
     # SynthCP's Adam: no first moment, and four times the rate for the discriminator
     groups = [dict(params=list(m.parameters()), betas=(0, 0.9), factor=factor)
               for m, factor in ((model.generator, 1), (model.discriminator, 4))]
-    pretrain.train(model, data, args, device, settings, facts, groups=groups, count=count_images,
+    pretrain.train(model, data, args, device, settings, facts, groups=groups,
+                   count=lambda batch, run: [*pretrain.count_pixels(batch, run), len(batch["label"])],
                    objective=functools.partial(synthesis_objective, f))
 
 

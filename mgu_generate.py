@@ -229,7 +229,7 @@ def sample_name(scenes, y, i):
 @torch.inference_mode()
 def predict(f, image, device):
     """(classes uint8 (H, W), max softmax float32 (H, W)) of one uint8 image (3, H, W), as a loader gives it."""
-    top, classes = f(common.to_input(torch.as_tensor(image)[None], device)).softmax(1).max(1)
+    top, classes = f(common.to_input(image[None], device)).softmax(1).max(1)
     return classes[0].to(torch.uint8).cpu().numpy(), top[0].cpu().numpy()
 
 
@@ -314,7 +314,7 @@ def measure(f, scenes, jobs, out, device):
                 flipped=int((D_s & (classes != y)).sum()), unflipped=int(sample["history"].min()),
                 confidence=float(top[D_s].astype(np.float64).sum()), unknown=int(D_s.sum()),
                 linf=int(np.abs(moved).max(initial=0)), squares=int((moved.astype(np.int64)**2).sum()),
-                values=moved.size, bytes=path.stat().st_size))
+                values=moved.size, bytes=path.stat().st_size, history=sample["history"]))
     return rows
 
 
@@ -341,13 +341,15 @@ def class_figures(rows):
 
 # ──────────────────────────────────────────────── figures ────────────────────────────────────────────────
 
-def sheets(f, scenes, jobs, out, device, per_class=3):
-    """PNG figures: for each class X, X' with D_s outlined, X' − X amplified, the predictions on both; and |P_ỹ|."""
+def sheets(f, scenes, jobs, rows, out, device, per_class=3):
+    """PNG figures: for each class X, X' with D_s outlined, X' − X amplified, the predictions on both; and |P_ỹ|, of
+    `rows`, those of measure()."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     cmap = plt.get_cmap("tab20", len(scenes.classes))
-    by_class, histories = {}, {}
+    names = [name.replace("$", r"\$") for name in scenes.classes]        # no formulas
+    by_class = {}
     for y, i in jobs:
         by_class.setdefault(y, []).append(i)
     for y, images in common.progress(by_class.items(), "sheets"):
@@ -357,17 +359,16 @@ def sheets(f, scenes, jobs, out, device, per_class=3):
         for row, i, sample in zip(axes, images, samples):
             X = sample["original"] if "original" in sample else scenes.decode(i)[0]
             sheet_row(row, f, X, sample, cmap, device)
-        fig.suptitle(f"adversarial class ỹ = {scenes.classes[y]}", fontsize=10)
+        fig.suptitle(f"adversarial class ỹ = {names[y]}", fontsize=10)
         with common.replacing(out / "sheets" / f"{sample_name(scenes, y, 0)[:-11]}.png") as temporary:
             fig.savefig(temporary, dpi=110, format="png")
         plt.close(fig)
-        histories[y] = [common.load_sample(out / sample_name(scenes, y, i))["history"] for i in images]
 
     fig, ax = plt.subplots(figsize=(6, 3.5), constrained_layout=True)
-    for y, curves in histories.items():
-        for k, history in enumerate(curves):
+    for y in by_class:
+        for k, history in enumerate(row["history"] for row in rows if row["y"] == y):
             ax.plot(history / max(history[0], 1), color=cmap(y), lw=0.6, alpha=0.6,
-                    label=None if k else scenes.classes[y])
+                    label=None if k else names[y])
     ax.set(xlabel="iteration", ylabel="|P_ỹ| / initial |P_ỹ|", xscale="symlog", ylim=(0, None))
     ax.legend(fontsize=6, ncols=2)
     with common.replacing(out / "sheets/iterations.png") as temporary:
@@ -452,8 +453,9 @@ def main():
         made = time.time() - started
         parts = common.gather(measure(f, scenes, jobs[common.rank()::common.world()], out, device))
         if common.rank() == 0:
-            complete(out, settings, checkpoint, scenes, jobs, [row for part in parts for row in part])
-            sheets(f, scenes, jobs, out, device)
+            rows = [row for part in parts for row in part]
+            complete(out, settings, checkpoint, scenes, jobs, rows)
+            sheets(f, scenes, jobs, rows, out, device)
             common.say(f"wrote {out}: {len(jobs)} samples ({made:.0f} s, "
                        f"{len(missing) / max(made, 1e-9):.2f} images/s), manifest.json, sheets/")
 

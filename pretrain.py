@@ -137,7 +137,7 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
               name(i); its items are functions of (epoch, i)
     settings  every plain value that decides the result; a checkpoint of other settings is refused
     facts     what later stages need, stored in the checkpoint
-    validate  f → dict(miou), every `val_every` epochs and at the end
+    validate  f → mIoU or None, every `val_every` epochs and at the end
     count     (batch, run) → whole numbers of this rank's share, the pixels of D_k first; the sums over the ranks are
               `counts`. It may edit the batch: it sees it on the host, before any part goes through f (default: |D_k|,
               |D_s|)
@@ -154,7 +154,9 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
     run = Run(f, data, args, device, groups)
     run.whole = objective is None and f.arch in common.ARCHS and all(p.requires_grad for p in f.parameters())
     count, objective = count or count_pixels, objective or functools.partial(eq5, args)
-    with lock(run), contextlib.closing(batches(data, args, run)) as loader:
+    # All three files of the run: --out x and --out x.pt share a log, --out x draws what --out x.png writes
+    with common.locked(run.out), common.locked(run.log_path), common.locked(beside(run.out, ".png")), \
+            contextlib.closing(batches(data, args, run)) as loader:
         if not resume(run, settings, facts):
             return
         net = prepare(f, args, run, device)
@@ -174,11 +176,12 @@ def train(f, data, args, device, settings, facts, validate=None, val_every=1, co
             counts, stopped = count_over_ranks(count, batch, run)
             loss = gradient(net, batch, objective, counts, args, run, device)    # of Eq. 5, of this rank's share
             sum_over_ranks(loss, f, args)
+            lr = args.lr * (1 - run.t / run.total)**0.9 if args.schedule == "poly" else args.lr
             for group in run.optimiser.param_groups:
-                group["lr"] = learning_rate(args, run.t / run.total) * group.get("factor", 1)
+                group["lr"] = lr * group.get("factor", 1)
             run.optimiser.step()
             if run.tradi:                                # a related system, --tradi
-                run.tradi.step(run.optimiser.param_groups)
+                run.tradi.step(lr)
             run.pending.append((run.t, loss, batch["index"].tolist()))
             run.t += 1
             bar.update()
@@ -252,26 +255,15 @@ def beside(out, suffix):
     return out.with_name(out.name.removesuffix(".pt") + suffix)
 
 
-@contextlib.contextmanager
-def lock(run):
-    """Hold all three files of a run: --out x and --out x.pt share a log, --out x draws what --out x.png writes."""
-    with contextlib.ExitStack() as stack:
-        for path in (run.out, run.log_path, beside(run.out, ".png")):
-            stack.enter_context(common.locked(path))
-        yield
-
-
 def resume(run, settings, facts):
     """Take model, optimiser and position from an earlier run of the same settings. False where it is complete."""
     out = run.out
     twin = beside(out, "" if out.name.endswith(".pt") else ".pt")
     if twin.is_file():
         raise common.InputError(f"{out}: {twin} is there, and both would log to {run.log_path}; expected another --out")
-    ours = {run.log_path: lambda start: start[:1] in (b"", b"{"), out: lambda start: b"PK".startswith(start[:2]),
-            beside(out, ".png"): lambda start: not start or b"Matplotlib" in start}
     for path in (run.log_path, beside(out, ".png"), *[out] * run.restart):
-        if path.is_file() and not (ours[path](start_of(path, 256)) and (path != out or may_be_checkpoint(path))):
-            # a checkpoint, --out x.png? a photograph, a set, an archive?
+        # a checkpoint, --out x.png? a photograph, an archive, a folder?
+        if path.exists() and not (path.is_file() and may_be_ours(run, path)):
             raise common.InputError(f"{path}: this run to {out} would replace it, and no earlier one wrote it; "
                                     "expected another --out")
     common.same_everywhere(out, common.fingerprint(out) if out.exists() else None, "--out in a folder that all share")
@@ -311,18 +303,16 @@ def resume(run, settings, facts):
     return True
 
 
-def may_be_checkpoint(path):
-    """Whether a file is no other kind of zip: a checkpoint's has a data.pkl, and a damaged one no list of contents."""
-    if not zipfile.is_zipfile(path):
-        return True
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("data.pkl") for name in archive.namelist())
-
-
-def start_of(path, size):
-    """The first `size` bytes of a file."""
+def may_be_ours(run, path):
+    """Whether a file of the name of a run's log, figure or checkpoint looks like one."""
     with open(path, "rb") as file:
-        return file.read(size)
+        start = file.read(256)
+    if path == run.log_path:
+        return start[:1] in (b"", b"{")
+    if path != run.out:
+        return not start or b"Matplotlib" in start
+    return b"PK".startswith(start[:2]) and (not zipfile.is_zipfile(path) or any(   # a damaged one has no list
+        name.endswith("data.pkl") for name in zipfile.ZipFile(path).namelist()))
 
 
 def trim_log(run):
@@ -330,8 +320,8 @@ def trim_log(run):
     target = Path(os.path.realpath(run.out))
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.tmp*"):   # of a run that was killed
         leftover.unlink()
-    lines = run.log_path.read_text().splitlines() if run.first and run.log_path.exists() else []
     try:
+        lines = run.log_path.read_text().splitlines() if run.first and run.log_path.exists() else []
         values = [json.loads(line) for line in lines if line.endswith("}")]   # the last one may be half-written
         kept = [v for v in values if v["step"] < run.first
                 or (v["step"] == run.first and ("loss" in v or not run.validation_due))]
@@ -520,11 +510,6 @@ def sum_over_ranks(loss, f, args):
         b.div_(common.world())
 
 
-def learning_rate(args, done):
-    """The rate of the step that follows a share `done` of the run."""
-    return args.lr * ((1 - done)**0.9 if args.schedule == "poly" else 1)
-
-
 def report(run, batch, bar):
     """Look at the losses since the last report, log the last one, and tell the rate once.
 
@@ -587,14 +572,13 @@ def save(run, settings, facts):
 
 
 def end_epoch(run, validate):
-    """Tell that an epoch has ended, and validate where that is due. A miou of None: no labelled pixel."""
+    """Tell that an epoch has ended, and validate where that is due."""
     epoch = run.t // run.n_steps
     text, due = f"epoch {epoch}/{run.epochs}", run.validation_due
     if due:
-        figures = validate(run.f)
-        log(run, step=run.t, epoch=epoch, **figures)
-        for name, value in figures.items():
-            text += f", validation {name} {value:.2f}" if value is not None else ", validation: no labelled pixel"
+        miou = validate(run.f)
+        log(run, step=run.t, epoch=epoch, miou=miou)
+        text += f", validation miou {miou:.2f}" if miou is not None else ", validation: no labelled pixel"
         run.validation_due = False
     if due or epoch % max(1, run.epochs // 50) == 0 or epoch == run.epochs:
         common.say(f"{text}, {time.time() - run.started:.0f} s")
@@ -602,9 +586,8 @@ def end_epoch(run, validate):
 
 @torch.inference_mode()
 def validation(f, scenes, device):
-    """dict(miou) of f on a split at full size, shared by the ranks, one image at a time (sizes may differ).
-
-    miou is in percent, None where no pixel of the split has a class."""
+    """mIoU of f on a split at full size, shared by the ranks, one image at a time (sizes may differ): in percent, None
+    where no pixel of the split has a class."""
     f.eval()
     matrix = torch.zeros(f.num_classes, f.num_classes, dtype=torch.int64)
     share = range(common.rank(), len(scenes), common.world())
@@ -613,7 +596,7 @@ def validation(f, scenes, device):
         for item in common.progress(items, "validating", total=len(share), leave=False):
             prediction = f(common.to_input(item["image"][None], device)).argmax(1)[0].cpu()
             matrix += common.confusion(prediction, item["label"], f.num_classes)
-    return dict(miou=common.segmentation_metrics(common.all_sum(matrix), scenes.classes)["miou"])
+    return common.segmentation_metrics(common.all_sum(matrix), scenes.classes)["miou"]
 
 
 def training_curves(log_path, png):
@@ -709,12 +692,12 @@ def augment(image, label, crop, scale, rng):
     return np.ascontiguousarray(patch), np.ascontiguousarray(ids)
 
 
-def training_scenes(args, checkpoint, root):
-    """The training split as pretraining saw it: in its crop and scale."""
+def training_scenes(args, checkpoint, root, crop=None):
+    """The training split as pretraining saw it: in its scale, and in its crop if none is given."""
     usual = pretrained_with(checkpoint)
     with common.first_rank_first():
-        scenes = TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], usual["crop"], usual["scale"],
-                                args.seed)
+        scenes = TrainingScenes(checkpoint["data"], root, "train", checkpoint["anomaly"], crop or usual["crop"],
+                                usual["scale"], args.seed)
         return common.same_classes(scenes, checkpoint)
 
 
@@ -791,30 +774,25 @@ class Tradi:
 
     def __init__(self, f, gain=TRADI_GAIN):
         norms = {id(p) for m in f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-        weights = {name: w for name, w in f.named_parameters() if id(w) not in norms}
-        self.names = {id(w): name for name, w in weights.items()}
-        self.mean = {name: w.detach().clone() for name, w in weights.items()}
+        self.weights = {name: w for name, w in f.named_parameters() if id(w) not in norms}
+        self.mean = {name: w.detach().clone() for name, w in self.weights.items()}
         self.var = {name: torch.zeros_like(w) for name, w in self.mean.items()}
         self.R = [q * (1 - k) / k**2 for q, k in zip(self.Q, gain)]
         self.P, self.first = [0.0, 0.0], 1.0
 
     @torch.no_grad()
-    def step(self, groups):
-        """After the optimiser's step; groups: its parameter groups, with the gradients and rates of that step."""
+    def step(self, lr):
+        """After the optimiser's step, with its rate; the weights have its gradients."""
         K = []
         for i in (0, 1):
             prior = self.P[i] + self.Q[i]
             K.append(prior / (prior + self.R[i]))
             self.P[i] = (1 - K[i]) * prior
         self.first *= 1 - K[0]
-        for group in groups:
-            for w in group["params"]:
-                if id(w) not in self.names:
-                    continue
-                name = self.names[id(w)]
-                moved = 0 * w if w.grad is None else group["lr"] * w.grad
-                mean = self.mean[name].sub_(moved).lerp_(w, K[0])
-                self.var[name].add_(moved**2).lerp_((w - mean)**2, K[1])
+        for name, w in self.weights.items():
+            moved = 0 * w if w.grad is None else lr * w.grad
+            mean = self.mean[name].sub_(moved).lerp_(w, K[0])
+            self.var[name].add_(moved**2).lerp_((w - mean)**2, K[1])
 
     def state(self):
         """What a checkpoint keeps of it."""

@@ -532,13 +532,13 @@ def test_the_gains_follow_the_recursion_and_settle():
         K = P / (P + R)
         P = (1 - K) * P
         found.append(K)
-        tracker.step([])
+        tracker.step(0.0)
     assert np.allclose(tracker.P, P, rtol=2e-3)                            # R = 10 belongs to the gains, to 3 digits
     assert np.allclose(found[-1], pretrain.TRADI_GAIN, rtol=2e-3)
     assert tracker.first == pytest.approx(np.prod(1 - np.array(found)[:, 0]), rel=2e-2)
     fast, P = pretrain.Tradi(nn.Linear(2, 2), (0.02, 0.05)), [0.0, 0.0]
     for _ in range(3000):
-        fast.step([])
+        fast.step(0.0)
     prior = np.array(fast.P) + Q
     assert np.allclose(prior / (prior + fast.R), (0.02, 0.05), rtol=1e-6)
 
@@ -556,7 +556,7 @@ def test_the_filter_of_plain_sgd_has_a_closed_form():
         f(noise(8, 4, seed=t).double()).square().sum().backward()
         optimiser.param_groups[0]["lr"] = 0.01 / (1 + t)
         optimiser.step()
-        tracker.step(optimiser.param_groups)
+        tracker.step(optimiser.param_groups[0]["lr"])
         P += 5e-5
         K = P / (P + 5e-5 * 0.8 / 0.04)                                    # R = Q (1 − K) / K² at K = 0.2
         P *= 1 - K
@@ -580,7 +580,7 @@ def test_the_filter_of_other_optimisers_is_the_published_recursion():
         optimiser.zero_grad()
         f(noise(8, 3, seed=t).double()).square().sum().backward()
         optimiser.step()
-        tracker.step(optimiser.param_groups)
+        tracker.step(optimiser.param_groups[0]["lr"])
         w, g = f.weight.detach().numpy(), f.weight.grad.numpy()
         P = P + Q
         K = P / (P + R)
