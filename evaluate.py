@@ -18,7 +18,7 @@
     python evaluate.py --ckpt ft.pt --score msp knn                 # dense kNN, against the training images
     python evaluate.py --ckpt pretrained.pt --score dicnet --student student.pt      # DiCNet
     python evaluate.py --ckpt tradi.pt --tradi 10                   # TRADI: an ensemble of sampled weights
-    torchrun --nproc-per-node 8 evaluate.py                         # the same numbers
+    torchrun --nproc-per-node 8 evaluate.py                         # the same numbers (CPUs: for one OMP_NUM_THREADS)
 
 The folder holds one run: what an earlier one left there is removed (photographs leave results.json and its figures).
 

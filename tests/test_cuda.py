@@ -76,7 +76,7 @@ print(json.dumps(found))
 GROUP = """
 import os, sys
 import torch
-import common, evaluate, pretrain
+import common, pretrain
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
 device = torch.device(sys.argv[1])
 if device.type == "cuda":
